@@ -1,0 +1,229 @@
+"""The analyses by name, and how they are run: once for each run, parameter set and extent, then remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import pyarrow as pa
+
+from ..catalog.errors import AnalysisError, SiteNotFound, did_you_mean
+from ..catalog.findings import Finding, FindingKey, merge_findings, read_finding, write_finding
+from ..catalog.lake import Lake
+from ..catalog.run import Run
+from .attention import ATTENTION_VERSION, ATTENTION_VIEWS, AttentionOptions, compute_attention
+from .cka import CKA_VERSION, CKA_VIEWS, CkaOptions, compute_cka
+from .lens import LENS_VERSION, LENS_VIEWS, LensOptions, compute_lens
+from .neurons import NEURONS_VERSION, NEURONS_VIEWS, NeuronOptions, compute_neurons
+from .norms import NORMS_VERSION, NORMS_VIEWS, NormsOptions, compute_norms
+from .reduce import require_scheduler
+
+__all__ = ["ANALYSES", "Analysis", "Skipped", "run_all", "run_analysis"]
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """One analysis: what it is called, reads and finds."""
+
+    name: str
+    summary: str
+    """One line for people."""
+    version: int
+    """Raised whenever it would give other numbers from the same data."""
+    views: tuple[str, ...]
+    """The tables that it finds, the main one first."""
+    options: type[Any]
+    """A frozen dataclass; each field has a default and ``metadata["help"]``."""
+    sites: tuple[str, ...]
+    """What it reads; empty if weights only."""
+    compute: Callable[..., dict[str, pa.Table]]
+    """``compute(run, options, scheduler=…, progress=…)`` → view → table."""
+
+
+class Skipped(NamedTuple):
+    """An analysis that a run cannot answer."""
+
+    run: str
+    analysis: str
+    reason: str
+
+
+ANALYSES: dict[str, Analysis] = {
+    analysis.name: analysis
+    for analysis in (
+        Analysis(
+            "lens", "Logit lens: entropy, KL to the final distribution, loss and agreement at every boundary.",
+            LENS_VERSION, LENS_VIEWS, LensOptions, ("resid",), compute_lens,
+        ),
+        Analysis(
+            "cka", "Similarity of every two boundaries: unbiased minibatch CKA.",
+            CKA_VERSION, CKA_VIEWS, CkaOptions, ("resid",), compute_cka,
+        ),
+        Analysis(
+            "neurons", "Prediction and suppression neurons, from the weights.",
+            NEURONS_VERSION, NEURONS_VIEWS, NeuronOptions, (), compute_neurons,
+        ),
+        Analysis(
+            "attention_locality", "Attention paid to the previous 1 … 16 tokens, and to BOS.",
+            ATTENTION_VERSION, ATTENTION_VIEWS, AttentionOptions, ("pattern",), compute_attention,
+        ),
+        Analysis(
+            "norms", "Norms of attention and MLP outputs, alone and beside the residual stream.",
+            NORMS_VERSION, NORMS_VIEWS, NormsOptions, ("resid", "attn_out", "mlp_out"), compute_norms,
+        ),
+    )
+}  # fmt: skip
+"""Every analysis by name, in the order in which a report shows them."""
+
+
+def run_analysis(
+    lake: Lake,
+    name: str,
+    *,
+    runs: Sequence[str] = (),
+    options: Any = None,
+    scheduler: str = "threads",
+    progress: bool = False,
+) -> Finding:
+    """Compute an analysis for some runs, or read from the lake what was computed before.
+
+    Parameters
+    ----------
+    lake : Lake
+        Where the runs lie and the findings go.
+    name : str
+        A name in :data:`ANALYSES`.
+    runs : sequence of str
+        Runs by id or unique prefix; all runs if empty.
+    options : mapping or options dataclass, optional
+        The analysis's options; those not given have their defaults.
+    scheduler, progress
+        As in :func:`layerlake.analyze.reduce.reduce_statistic`.
+
+    Raises
+    ------
+    AnalysisError
+        There is no such analysis or option, or the data do not allow it.
+    SiteNotFound
+        A run lacks a site that the analysis reads. Nothing was computed; the hint says how to capture it.
+    RunNotFound, AmbiguousRun
+        A prefix fits no run, or several; or the lake has no runs.
+    """
+    require_scheduler(scheduler)
+    analysis = _find(name)
+    chosen = _options(analysis, options)
+    opened = lake.runs(runs) or [lake.run()]  # which says that there are none
+    for run in opened:
+        _require(analysis, run)
+    return merge_findings(
+        [
+            _find_or_compute(lake, analysis, run, chosen, scheduler=scheduler, progress=progress)
+            for run in opened
+        ]
+    )
+
+
+def run_all(
+    lake: Lake, *, runs: Sequence[str] = (), scheduler: str = "threads", progress: bool = False
+) -> tuple[list[Finding], list[Skipped]]:
+    """Run every analysis with its defaults, as far as each run can answer it.
+
+    Returns
+    -------
+    findings : list of Finding
+        One an analysis, of the runs that could answer it.
+    skipped : list of Skipped
+        What could not be answered, and why. Other errors than a missing site, or data that an analysis
+        cannot use, are raised.
+    """
+    require_scheduler(scheduler)
+    opened = lake.runs(runs) or [lake.run()]
+    findings, skipped = [], []
+    for analysis in ANALYSES.values():
+        found = []
+        for run in opened:
+            try:
+                _require(analysis, run)
+                found.append(
+                    _find_or_compute(
+                        lake, analysis, run, analysis.options(), scheduler=scheduler, progress=progress
+                    )
+                )
+            except (AnalysisError, SiteNotFound) as error:
+                skipped.append(
+                    Skipped(run.run_id, analysis.name, " ".join(filter(None, (str(error), error.hint))))
+                )
+        if found:
+            findings.append(merge_findings(found))
+    return findings, skipped
+
+
+def _find_or_compute(
+    lake: Lake, analysis: Analysis, run: Run, options: Any, *, scheduler: str, progress: bool
+) -> Finding:
+    """Read the memoised finding of one run, or compute and keep it."""
+    key = FindingKey(analysis.name, analysis.version, run.run_id, asdict(options), _extents(analysis, run))
+    known = read_finding(lake.store, key, analysis.views)
+    if known is not None:
+        return known
+    finding = Finding(
+        analysis.name, analysis.compute(run, options, scheduler=scheduler, progress=progress), (key,)
+    )
+    write_finding(lake.store, finding)
+    return finding
+
+
+def _extents(analysis: Analysis, run: Run) -> dict[str, Any]:
+    """Return what of the run decides the result, for the memo key."""
+    if not analysis.sites:
+        return {"weights": {"n_tokens": 0, "model_id": run.manifest.model_id}}
+    return {site: run.extent(site) for site in analysis.sites}
+
+
+def _require(analysis: Analysis, run: Run) -> None:
+    for site in analysis.sites:
+        run.require_site(site)
+
+
+def _find(name: str) -> Analysis:
+    if name not in ANALYSES:
+        raise AnalysisError(
+            f"There is no analysis '{name}'.{did_you_mean(name, ANALYSES)}",
+            hint=f"They are: {', '.join(ANALYSES)}.",
+        )
+    return ANALYSES[name]
+
+
+def _options(analysis: Analysis, given: Any) -> Any:
+    """Return the options as the analysis's dataclass, checked."""
+    if given is None:
+        return analysis.options()
+    if is_dataclass(given):
+        if not isinstance(given, analysis.options):
+            raise AnalysisError(f"{type(given).__name__} are not the options of '{analysis.name}'.")
+        given = {item.name: getattr(given, item.name) for item in fields(given)}
+    types = get_type_hints(analysis.options)
+    for option, value in dict[str, Any](given).items():
+        _check_option(analysis, types, option, value)
+    return analysis.options(**given)
+
+
+def _check_option(analysis: Analysis, types: Mapping[str, Any], option: str, value: Any) -> None:
+    if option not in types:
+        raise AnalysisError(
+            f"Analysis '{analysis.name}' has no option '{option}'.{did_you_mean(option, types)}",
+            hint=f"Its options are: {', '.join(types)}.",
+        )
+    kind = types[option]
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        if value not in choices:
+            raise AnalysisError(
+                f"Option {option} of '{analysis.name}' cannot be {value!r}.{did_you_mean(str(value), choices)}",
+                hint=f"It is one of: {', '.join(choices)}.",
+            )
+    elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        if kind is float and type(value) is int:
+            return
+        raise AnalysisError(f"Option {option} of '{analysis.name}' is a {kind.__name__}, not {value!r}.")

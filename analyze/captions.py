@@ -1,0 +1,161 @@
+"""Captions: which figures the report shows of each analysis, and what it says about them.
+
+Figures of the paper are those of "The Remarkable Robustness of LLMs: Stages of Inference?", arXiv 2406.19384
+(v3 unless v1 is named); what the sources leave open, and what was chosen here, is in ``EXPERIMENTS.md``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import charts
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["FIGURES", "TITLES", "Figure"]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One figure of the report: a chart of one view, and its caption."""
+
+    analysis: str
+    view: str
+    title: str
+    draw: Callable[[pa.Table, Sequence[charts.Series]], Any]
+    shows: str
+    computed: str
+    """May name parameters of the finding in braces."""
+    reading: str
+    source: str
+    """Which figure of the paper shows the like."""
+    choices: Mapping[str, Mapping[Any, str]] = field(default_factory=dict)
+    """For parameters whose values need words: parameter → value → what it means."""
+
+    def say_computed(self, params: Mapping[str, Any]) -> str:
+        """Return how it is computed with these parameters."""
+        words = {name: self.choices.get(name, {}).get(value, str(value)) for name, value in params.items()}
+        return self.computed.format_map(defaultdict(str, words))
+
+
+TITLES = {
+    "lens": "When the prediction forms",
+    "cka": "Which layers share a representation",
+    "neurons": "Where neurons speak to the vocabulary",
+    "attention_locality": "How far back attention looks",
+    "norms": "How much each block adds",
+}
+"""What each analysis is about; the report's sections, in their order."""
+
+FIGURES = (
+    Figure(
+        "lens",
+        "lens",
+        "Logit lens",
+        charts.lens_chart,
+        shows="Every boundary of the residual stream is read as if it were the last one: the final norm and the "
+        "unembedding are applied to x_i, from the embeddings (depth 0) to what the model itself unembeds (depth 1). "
+        "Top: the entropy of the distribution that comes out, and how far it is from the model’s own. "
+        "Bottom: its loss on the token that follows, and how often its first choice is the model’s.",
+        computed="Means over tokens of the evaluation mask (position 1 to the last but one of each document), spread "
+        "evenly where not all are taken. {scale} Bands: 95 % intervals, bootstrap over documents.",
+        reading="At depth 1 the KL is 0 and the agreement 100 % by construction, and the loss is the model’s own. "
+        "A high plateau says that the layers below it work on something else than the next token; the fall after it "
+        "is where the prediction is made.",
+        source="Figures 7b, 8 and 21",
+        choices={
+            "scale": {
+                "own": "Each boundary is normed by its own statistics, biases included.",
+                "final": "Every boundary is divided by the scale of the final residual at the same position, which "
+                "presses early logits towards 0 and their entropy towards log2 of the vocabulary.",
+                "authors": "As the paper’s published code does: every boundary is divided by the scale of the final "
+                "residual, biases are left out, and the entropy clamps probabilities to 1e-9; early entropies are near "
+                "log2 of the vocabulary by construction, and depth 1 is not quite the model.",
+            },
+        },
+    ),
+    Figure(
+        "cka",
+        "cka",
+        "Similarity of representations between boundaries",
+        charts.cka_chart,
+        shows="Centred kernel alignment (CKA) of every two boundaries of one model; boundary 0 is the embeddings. "
+        "Colours span 0 to 1.",
+        computed="Linear kernel, unbiased HSIC estimator, averaged over batches before the ratio. {samples} The "
+        "tooltip has the value, its 95 % interval (jackknife over batches) and the number of samples.",
+        reading="1 means equal up to rotation and scale; the diagonal is 1 by construction. Bright blocks are runs of "
+        "layers that keep one representation, their edges the places where it changes. The unbiased estimator can be "
+        "a little below 0: such a cell has the colour of 0. A grey cell has no value; its tooltip says why.",
+        source="Figures 5b, 5c and 14",
+        choices={
+            "samples": {
+                "last_token": "A sample is the last token of a document; batches follow the order of the documents.",
+                "tokens_per_doc": "A sample is a token, a batch all tokens of one document, as in the paper’s code.",
+            },
+        },
+    ),
+    Figure(
+        "neurons",
+        "neuron_counts",
+        "Prediction and suppression neurons",
+        charts.neurons_chart,
+        shows="The share of each layer’s neurons whose output weights raise a few tokens far above the rest of the "
+        "vocabulary (prediction), or push a few far below it (suppression).",
+        computed="From the weights alone: the cosines of a neuron’s output vector with all token directions of the "
+        "unembedding. Kurtosis above {threshold} (a Gaussian has 3) and positive skew make a prediction neuron, "
+        "negative skew a suppression neuron.",
+        reading="The paper finds prediction neurons from the middle on, most of them at about 85 % of the depth, and "
+        "suppression neurons taking over in the last layers. Small or briefly trained models may have few of either.",
+        source="Figures 1, 8 and 19",
+    ),
+    Figure(
+        "attention_locality",
+        "attention_locality",
+        "Attention on the previous five tokens, and on BOS",
+        charts.attention_locality_chart,
+        shows="Left: the share of its attention that a token gives to the five tokens before it; dashed, what "
+        "attention spread evenly over all tokens up to itself would give them. Right: the share that goes to the first "
+        "position (BOS, where the model has one), where models park attention that they have no use for.",
+        computed="Attention weights summed over distances 1 to 5, without the token itself; mean over heads and "
+        "{variant}. Bands: 95 % intervals, bootstrap over documents.",
+        reading="Early layers that join neighbouring tokens lie far above the dashed line. In all models of the paper "
+        "the peak is in the first quarter of the depth. A fall on the left often is a rise on the right.",
+        source="Figure 1 (purple); Figure 4 of v1",
+        choices={
+            "variant": {
+                "default": "queries from position 17 on, which have BOS farther behind them than any distance shown",
+                "authors": "all queries that have as many tokens before them, as in the paper’s code",
+            },
+        },
+    ),
+    Figure(
+        "attention_locality",
+        "attention_locality",
+        "Attention on the previous 1, 2, 4, 8 and 16 tokens",
+        charts.attention_distance_chart,
+        shows="As the left of the figure above, for other reaches: each line is the attention on that many previous "
+        "tokens together.",
+        computed="Sums over distances 1 to k; the same heads and queries for all k.",
+        reading="The gap between two lines is the attention on the tokens between the two distances. Lines that lie "
+        "close together say that the nearest tokens have most of it.",
+        source="Figure 6a",
+    ),
+    Figure(
+        "norms",
+        "norms",
+        "Norms of what is added to the residual stream",
+        charts.norms_chart,
+        shows="Top: the length of the vectors that attention and MLP add, and of the residual stream that they are "
+        "added to. Bottom: both relative to that stream, and attention relative to the MLP (the line marks equality).",
+        computed="Euclidean norms over the tokens of the evaluation mask, position 0 left out. Lines: means over "
+        "tokens; bands: 10th to 90th percentile. The ratios are ratios of means. Logarithmic axes.",
+        reading="The stream grows with depth, so the same length matters less and less. The paper finds that MLP "
+        "outputs grow and peak in the last layers, and that attention weighs most early.",
+        source="Figures 12b and 22; Figures 5 and 7 of v1",
+    ),
+)
+"""The figures of the report, in their order."""

@@ -1,0 +1,223 @@
+"""Charts: a finding's table in, an altair chart out. Pure: they read no lake, and know nothing of HTML.
+
+A run has the same colour in every chart that is given the same list of :class:`Series`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .panels import WIDTH, Panel, Row, Series, concat, depth_axis, draw_lines, series_colors, table_rows
+
+if TYPE_CHECKING:
+    import altair as alt
+    import pyarrow as pa
+
+__all__ = [
+    "DISTANCES",
+    "Series",
+    "attention_distance_chart",
+    "attention_locality_chart",
+    "cka_chart",
+    "lens_chart",
+    "neurons_chart",
+    "norms_chart",
+    "series_colors",
+]
+
+DISTANCES = (1, 2, 4, 8, 16)
+"""How many previous tokens the summed attention is shown for (the paper's Figure 6a)."""
+
+_CLASSES = ("prediction", "suppression")
+
+
+def lens_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
+    """Draw what the logit lens sees at each boundary: entropy, KL to the final, loss, agreement.
+
+    Parameters
+    ----------
+    table : pa.Table
+        The view ``lens``, of one scale.
+    series : sequence of Series
+        The runs to draw, in the order of their colours.
+    """
+    rows = table_rows(table, series, "boundary")
+    panels = [
+        Panel("entropy_bits", "entropy of the lens (bits)"),
+        Panel("kl_final_lens_nats", "KL(final ‖ lens) (nats)"),
+        Panel("loss_nats", "loss of the lens (nats per token)"),
+        Panel("top1_agreement", "top-1 agreement with the final", percent=True),
+    ]
+    return draw_lines(rows, series, panels, "boundary", columns=2, height=230)
+
+
+def cka_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
+    """Draw the similarity of every two boundaries of a run as a heat map, one panel a run.
+
+    The colours span 0 to 1. The unbiased estimator may be a little below 0: such a cell has the colour of
+    0, and its true value in the tooltip. A cell without a value is grey, with the reason in the tooltip.
+
+    Parameters
+    ----------
+    table : pa.Table
+        The view ``cka``, with both orders of two boundaries, or with one.
+    series : sequence of Series
+        The runs to draw.
+    """
+    import altair as alt
+
+    cells: dict[tuple[str, int, int], Row] = {}
+    for row in table_rows(table, series):
+        lo, hi = row.get("cka_lo"), row.get("cka_hi")
+        a, b = row["boundary_a"], row["boundary_b"]
+        cell = {
+            "cka": row["cka"],
+            "interval": None if lo is None or hi is None else f"{lo:.4f} – {hi:.4f}",
+            "n": row.get("n_samples"),
+            "note": row.get("reason") or row.get("note"),
+        }
+        cell = {name: value for name, value in cell.items() if value is not None}
+        cells.setdefault((row["run"], b, a), {"a": b, "b": a, **cell})
+        cells[row["run"], a, b] = {"a": a, "b": b, **cell}
+    shown = [item for item in series if any(run == item.run for run, _, _ in cells)]
+    columns = min(3, max(2, len(shown)))
+    size = WIDTH // columns - 80
+    legend = alt.Legend(title="CKA", orient="right", gradientLength=min(200, size), tickCount=5)
+    color = alt.Color("cka:Q", scale=alt.Scale(domain=[0, 1], clamp=True, scheme="viridis"), legend=legend)
+    axis = alt.Axis(labelOverlap=True, labelAngle=0, domain=False, tickSize=3)
+    panels = []
+    for item in shown:
+        own = [cells[key] for key in sorted(cells) if key[0] == item.run]
+        base = alt.Chart(alt.InlineData(values=own)).encode(
+            x=alt.X("a:O", title="boundary", axis=axis),
+            y=alt.Y("b:O", title="boundary", sort="descending", axis=axis),
+            tooltip=[
+                alt.Tooltip("a:O", title="boundary a"),
+                alt.Tooltip("b:O", title="boundary b"),
+                alt.Tooltip("cka:Q", title="CKA"),
+                alt.Tooltip("interval:N", title="95 % interval"),
+                alt.Tooltip("n:Q", title="samples"),
+                alt.Tooltip("note:N"),
+            ],
+        )
+        filled = base.transform_filter("isValid(datum.cka)").mark_rect().encode(color=color)
+        void = base.transform_filter("!isValid(datum.cka)").mark_rect(color="#dddddd")
+        panels.append((filled + void).properties(width=size, height=size, title=item.label))
+    return concat(panels, columns=columns, x="independent", y="independent")
+
+
+def neurons_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
+    """Draw the density of prediction and of suppression neurons in each layer.
+
+    Parameters
+    ----------
+    table : pa.Table
+        The view ``neuron_counts``; a class that has no row in a layer counts as 0 there.
+    series : sequence of Series
+        The runs to draw.
+    """
+    layers: dict[tuple[str, int], Row] = {}
+    for row in table_rows(table, series, "layer"):
+        point = layers.setdefault((row["run"], row["layer"]), row | dict.fromkeys(_CLASSES, 0.0))
+        point[row["class"]], point[f"{row['class']}_n"] = row["density"], row["n_units"]
+    panels = [
+        Panel(name, f"{name} neurons (% of the layer’s)", percent=True, notes=((f"{name}_n", "neurons"),))
+        for name in _CLASSES
+    ]
+    return draw_lines(list(layers.values()), series, panels, "layer", columns=2, height=230, shared_y=True)
+
+
+def attention_locality_chart(
+    table: pa.Table, series: Sequence[Series], *, distance: int = 5
+) -> alt.ConcatChart:
+    """Draw the attention on the previous tokens, dashed what uniform attention would give, and on BOS.
+
+    Parameters
+    ----------
+    table : pa.Table
+        The view ``attention_locality``.
+    series : sequence of Series
+        The runs to draw.
+    distance : int
+        How many previous tokens are summed; the query itself does not count.
+    """
+    rows = [row for row in table_rows(table, series, "layer") if row["distance"] == distance]
+    panels = [
+        Panel("cumulative_weight", f"attention on the previous {distance} tokens", baseline="uniform_weight"),
+        Panel("bos_weight", "attention on the first position"),
+    ]
+    return draw_lines(rows, series, panels, "layer", columns=2, height=230)
+
+
+def attention_distance_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
+    """Draw the attention on the previous 1, 2, 4, 8 and 16 tokens, summed, one panel a run."""
+    import altair as alt
+
+    rows = [row for row in table_rows(table, series, "layer") if row["distance"] in DISTANCES]
+    shown = [item for item in series if any(row["run"] == item.run for row in rows)]
+    columns = min(3, max(2, len(shown)))
+    opacity = alt.Opacity(
+        "distance:N",
+        scale=alt.Scale(domain=list(DISTANCES), range=[0.3, 1]),
+        legend=alt.Legend(
+            title="previous tokens",
+            titleOrient="left",
+            orient="top",
+            symbolType="stroke",
+            symbolStrokeWidth=3,
+        ),
+    )
+    names = ("layer", "depth", "distance", "cumulative_weight")
+    panels = []
+    for item in shown:
+        color = series_colors(series)[item.run]
+        own = [{name: row[name] for name in names} for row in rows if row["run"] == item.run]
+        panels.append(
+            alt.Chart(alt.InlineData(values=own))
+            .mark_line(color=color, strokeWidth=2, point=alt.OverlayMarkDef(color=color, size=26))
+            .encode(
+                x=depth_axis(),
+                y=alt.Y("cumulative_weight:Q", title="attention", axis=alt.Axis(tickCount=5)),
+                opacity=opacity,
+                tooltip=[
+                    alt.Tooltip("layer:Q"),
+                    alt.Tooltip("depth:Q", title="relative depth", format=".3f"),
+                    alt.Tooltip("distance:Q", title="previous tokens"),
+                    alt.Tooltip("cumulative_weight:Q", title="attention on them"),
+                ],
+            )
+            .properties(width=WIDTH // columns - 70, height=190, title=item.label)
+        )
+    return concat(panels, columns=columns, y="shared", opacity="shared")
+
+
+def norms_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
+    """Draw what attention and MLP add to the residual stream: norms, shares of the stream, their ratio.
+
+    Parameters
+    ----------
+    table : pa.Table
+        The view ``norms``. The bands of the upper row are the 10th to 90th percentiles of the tokens.
+    series : sequence of Series
+        The runs to draw.
+    """
+    layers: dict[tuple[str, int], Row] = {}
+    for row in table_rows(table, series, "layer"):
+        point, name = layers.setdefault((row["run"], row["layer"]), row), row["component"]
+        point[name], point[f"{name}_median"] = row["mean_norm"], row["median_norm"]
+        point[f"{name}_lo"], point[f"{name}_hi"] = row["p10"], row["p90"]
+        point[f"{name}_relative"] = row["relative_norm"]
+    for point in layers.values():
+        attn, mlp = point.get("attn_out"), point.get("mlp_out")
+        point["ratio"] = None if attn is None or not mlp else attn / mlp
+    panels = [
+        *(
+            Panel(name, f"norm of {name}", log=True, band="10–90 %", notes=((f"{name}_median", "median"),))
+            for name in ("attn_out", "mlp_out", "resid_pre")
+        ),
+        Panel("attn_out_relative", "‖attn_out‖ / ‖resid_pre‖", log=True),
+        Panel("mlp_out_relative", "‖mlp_out‖ / ‖resid_pre‖", log=True),
+        Panel("ratio", "‖attn_out‖ / ‖mlp_out‖", log=True, rule=1.0),
+    ]
+    return draw_lines(list(layers.values()), series, panels, "layer", columns=3, height=190)

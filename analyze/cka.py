@@ -1,0 +1,217 @@
+"""CKA between the boundaries of a run: unbiased, in minibatches (EXPERIMENTS E6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ..catalog.errors import AnalysisError
+from ..catalog.run import Run
+from .intervals import jackknife_interval
+from .reduce import reduce_statistic
+from .statistic import State, Statistic, Unit, read_rows, tidy_table
+
+__all__ = ["CKA_VERSION", "CKA_VIEWS", "CkaOptions", "CkaStatistic", "compute_cka", "hsic_matrix"]
+
+CKA_VERSION = 1
+CKA_VIEWS = ("cka",)
+
+MIN_ROWS = 4
+"""The unbiased estimator divides by N - 3."""
+
+MIN_GROUPS = 4
+"""Batches that a jackknife interval needs."""
+
+_GRAM_ROWS = 128  # of the Gram matrices at a time
+
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class CkaOptions:
+    """Which tokens stand for a boundary, and how they are batched."""
+
+    samples: Literal["last_token", "tokens_per_doc"] = field(
+        default="last_token",
+        metadata={
+            "help": "The last token of each document, in batches of documents; or, as the authors' code does, "
+            "all tokens of one document as a batch."
+        },
+    )
+    include_bos: bool = field(
+        default=False,
+        metadata={"help": "Whether tokens_per_doc keeps position 0, as the authors' code does."},
+    )
+    batch: int = field(default=128, metadata={"help": "Documents of a batch of last tokens."})
+
+    def __post_init__(self) -> None:
+        if self.batch < MIN_ROWS:
+            raise AnalysisError(
+                f"A batch of {self.batch} documents is too small: the estimator needs {MIN_ROWS}."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class CkaStatistic(Statistic[tuple[int, list[npt.NDArray[Any]]]]):
+    """HSIC between all pairs of boundaries, batch by batch.
+
+    A unit reads one batch at all boundaries together: N·(L + 1)·d_model values; the Gram matrices of all
+    boundaries take another (L + 1)·128·N·8 bytes. The state is (L + 1)²·8 bytes a batch. Batches follow the
+    order of the documents, so that they do not depend on how the run is stored.
+    """
+
+    run: str
+    options: CkaOptions
+    batches: tuple[npt.NDArray[np.int64], ...]
+    """The token rows of each batch."""
+    n_left_out: int
+    """Tokens in no batch, because fewer than four were left for one."""
+    n_boundaries: int
+    d_model: int
+
+    @classmethod
+    def open(cls, run: Run, options: CkaOptions) -> Self:
+        """Form the batches from the documents table."""
+        documents = run.stored_documents.sort_by("document")
+        starts = documents["row_start"].to_numpy()
+        lengths = documents["n_tokens"].to_numpy()
+        if options.samples == "last_token":
+            last = (starts + lengths - 1)[lengths > 1]  # position 0 has no context
+            batches = [last[i : i + options.batch] for i in range(0, len(last), options.batch)]
+        else:
+            first = 0 if options.include_bos else 1
+            batches = [np.arange(start + first, start + n) for start, n in zip(starts, lengths, strict=True)]
+        kept = tuple(batch.astype(np.int64) for batch in batches if len(batch) >= MIN_ROWS)
+        n_left_out = sum(map(len, batches)) - sum(map(len, kept))
+        return cls(run.run_id, options, kept, n_left_out, run.shape.n_layers + 1, run.shape.d_model)
+
+    @property
+    def key(self) -> Mapping[str, Any]:  # noqa: D102
+        return asdict(self.options)
+
+    def units(self) -> list[Unit]:  # noqa: D102
+        reads = tuple(("resid", boundary) for boundary in range(self.n_boundaries))
+        return [Unit(reads, np.array([i])) for i in range(len(self.batches))]
+
+    def read(self, run: Run, unit: Unit) -> tuple[int, list[npt.NDArray[Any]]]:
+        """Read one batch: its number, and ``[token, d_model]`` for each boundary."""
+        (batch,) = unit.items
+        rows = np.sort(self.batches[batch])  # the estimator does not depend on the order within a batch
+        return int(batch), [read_rows(run, site, boundary, rows) for site, boundary in unit.reads]
+
+    def zero(self) -> State:  # noqa: D102
+        return State.empty(1, (self.n_boundaries, self.n_boundaries))
+
+    def measure(self, block: tuple[int, list[npt.NDArray[Any]]]) -> State:
+        """Return the state of a batch: key (batch,), values HSIC ``[boundary, boundary]``."""
+        batch, features = block
+        return State.of(np.array([[batch]]), hsic_matrix(features)[None])
+
+    def finalise(self, state: State) -> dict[str, pa.Table]:
+        """Return ``cka``, one row for each ordered pair of boundaries."""
+        n_batches, n = len(state.values), self.n_boundaries
+        cka, lo, hi = (np.full((n, n), np.nan) for _ in range(3))
+        reasons = np.full((n, n), "", dtype=object)
+        if not n_batches:
+            reasons[:] = f"no batch has {MIN_ROWS} tokens or more"
+        else:
+            cka = normalised(state.values.mean(axis=0))
+            diagonal = np.diagonal(state.values, axis1=1, axis2=2).mean(axis=0)
+            for i in np.flatnonzero(diagonal <= 0):
+                why = (
+                    "has no variance"
+                    if diagonal[i] == 0
+                    else "has an HSIC with itself that is estimated below 0"
+                )
+                reasons[i, :] = reasons[:, i] = f"boundary {i} {why}"
+            defined = np.isfinite(cka)
+            if n_batches >= MIN_GROUPS:
+                total = state.values.sum(axis=0)
+                without = normalised((total - state.values) / (n_batches - 1))
+                lo, hi = jackknife_interval(cka, without)
+                undefined = defined & ~np.isfinite(lo)
+                reasons[undefined] = "no interval: without one of the batches the CKA is not defined"
+            else:
+                few = f"no interval: {n_batches} of the {MIN_GROUPS} batches that the jackknife needs"
+                reasons[defined] = few
+        n_samples = sum(map(len, self.batches))
+        small = n_samples < self.d_model
+        authors = self.options.samples == "tokens_per_doc" and self.options.include_bos
+        columns = {
+            "boundary_a": np.repeat(np.arange(n, dtype=np.int32), n),
+            "boundary_b": np.tile(np.arange(n, dtype=np.int32), n),
+            "n_samples": np.full(n * n, n_samples, dtype=np.int64),
+            "cka": cka.ravel(),
+            "cka_lo": lo.ravel(),
+            "cka_hi": hi.ravel(),
+            "reason": [reason or None for reason in reasons.ravel()],
+            "note": [f"{n_samples} samples are fewer than the width {self.d_model}" if small else None]
+            * (n * n),
+            "n_batches": np.full(n * n, n_batches, dtype=np.int64),
+            "n_left_out": np.full(n * n, self.n_left_out, dtype=np.int64),
+        }
+        params = {**self.key, "variant": "authors" if authors else "default"}
+        return {"cka": tidy_table(self.run, columns, params)}
+
+
+def hsic_matrix(features: Sequence[npt.NDArray[Any]]) -> Doubles:
+    """Return the unbiased HSIC₁ (linear kernel) between all pairs of representations of the same N tokens.
+
+    Centred features and float64 Gram matrices: the estimator ignores a constant vector, but float32 Gram
+    matrices of features that are not centred do not (EXPERIMENTS E6). Formula: Song et al. 2012, eq. 5; used
+    for CKA by Nguyen, Raghu and Kornblith 2020, eq. 3.
+
+    Parameters
+    ----------
+    features : sequence of floating ``[token, width]``
+        N ≥ 4 rows each; the widths may differ.
+
+    Returns
+    -------
+    float64 ``[representation, representation]``
+        Exactly 0 for a representation without variance. Elsewhere negative values are legal.
+    """
+    n = len(features[0])
+    centred = [_centred(x) for x in features]
+    products = np.zeros((len(features), len(features)))
+    row_sums = np.empty((len(features), n))
+    for start in range(0, n, _GRAM_ROWS):
+        here = slice(start, min(start + _GRAM_ROWS, n))
+        gram = np.stack([x[here] @ x.T for x in centred])  # [representation, some of the tokens, token]
+        gram[:, np.arange(here.stop - start), np.arange(start, here.stop)] = 0.0
+        row_sums[:, here] = gram.sum(axis=2)
+        flat = gram.reshape(len(features), -1)
+        products += flat @ flat.T
+    sums = row_sums.sum(axis=1)
+    hsic: Doubles = (
+        products + np.outer(sums, sums) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (row_sums @ row_sums.T)
+    ) / (n * (n - 3))
+    return hsic
+
+
+def _centred(x: npt.NDArray[Any]) -> Doubles:
+    """Subtract the mean; what is constant becomes exactly 0, not the rounding of its mean."""
+    wide = x.astype(np.float64)
+    wide[:, (x == x[0]).all(axis=0)] = 0.0
+    return np.asarray(wide - wide.mean(axis=0))
+
+
+def normalised(hsic: Doubles) -> Doubles:
+    """Return HSIC_ab / sqrt(HSIC_aa·HSIC_bb): ``[…, a, b]``, NaN where a or b is not above 0."""
+    own = np.diagonal(hsic, axis1=-2, axis2=-1)
+    own = np.where(own > 0, own, np.nan)
+    # the root of the product, not the product of the roots: sqrt(x·x) is x, so that the diagonal is exactly 1
+    return np.asarray(hsic / np.sqrt(own[..., :, None] * own[..., None, :]))
+
+
+def compute_cka(
+    run: Run, options: CkaOptions, *, scheduler: str = "threads", progress: bool = False
+) -> dict[str, pa.Table]:
+    """Compute ``cka`` of one run (columns in ARCHITECTURE §2): all pairs of the boundaries 0 … L."""
+    statistic = CkaStatistic.open(run, options)
+    return statistic.finalise(reduce_statistic(statistic, run, scheduler=scheduler, progress=progress))

@@ -1,0 +1,88 @@
+"""Intervals: bootstrap over documents, and the delete-a-group jackknife."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["N_RESAMPLES", "bootstrap_sums", "jackknife_interval", "percentile_interval", "ratio"]
+
+N_RESAMPLES = 1000
+"""B: resamples of the documents."""
+
+_SEED = 0
+_BLOCK = 1 << 22  # draws held at a time
+
+
+def ratio(a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return a/b, NaN (which a table shows as NULL) where b is 0."""
+    top, bottom = np.broadcast_arrays(np.asarray(a, dtype=np.float64), b)
+    quotient = np.full(top.shape, np.nan)
+    np.divide(top, bottom, out=quotient, where=bottom != 0)
+    return quotient
+
+
+def bootstrap_sums(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the sums over resampled documents, from which any ratio of sums has its interval.
+
+    Each of the B = 1000 resamples draws as many documents as there are, with replacement (seed 0). All
+    columns see the same draws. Costs B·documents·columns multiplications, and 32 MiB beyond its result.
+
+    Parameters
+    ----------
+    values : float64 ``[document, column]``
+        Sums over each document: of a metric, and of the count that it is divided by.
+
+    Returns
+    -------
+    float64 ``[resample, column]``
+        What the sum over all documents is in each resample.
+    """
+    n = len(values)
+    rng = np.random.default_rng(_SEED)
+    sums = np.empty((N_RESAMPLES, values.shape[1]))
+    step = max(1, _BLOCK // max(n, 1))
+    for start in range(0, N_RESAMPLES, step):
+        size = min(step, N_RESAMPLES - start)
+        drawn = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
+        sums[start : start + size] = times @ values
+    return sums
+
+
+def percentile_interval(
+    replicates: npt.NDArray[np.float64], *, n_documents: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the 95 % percentile interval of replicates ``[resample, …]``: two arrays ``[…]``.
+
+    NaN, which a table shows as NULL, where fewer than two documents leave nothing to resample.
+    """
+    if n_documents < 2:
+        void = np.full(replicates.shape[1:], np.nan)
+        return void, void
+    lo, hi = np.percentile(replicates, [2.5, 97.5], axis=0)
+    return lo, hi
+
+
+def jackknife_interval(
+    estimate: npt.NDArray[np.float64], without: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the 95 % interval of the delete-a-group jackknife: two arrays ``[…]``.
+
+    Student's t with G - 1 degrees of freedom around the estimate, with the standard error
+    sqrt((G - 1)/G · Σ (θ_(g) - mean θ_(·))²). For estimators that a bootstrap would bias, such as CKA.
+
+    Parameters
+    ----------
+    estimate : float64 ``[…]``
+        θ from all groups.
+    without : float64 ``[group, …]``
+        θ_(g): the estimate without group g.
+    """
+    from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+    n_groups = len(without)
+    spread = without - without.mean(axis=0)
+    error = np.sqrt((n_groups - 1) / n_groups * np.square(spread).sum(axis=0))
+    reach = stdtrit(n_groups - 1, 0.975) * error
+    return estimate - reach, estimate + reach

@@ -1,0 +1,144 @@
+"""A statistic over a run, through Dask: one task a unit, states merged in a tree of fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..catalog.errors import AnalysisError, LayerLakeError, did_you_mean
+from ..catalog.run import Run
+from .statistic import State, Statistic, Unit
+
+if TYPE_CHECKING:
+    from dask.callbacks import Callback
+    from dask.delayed import Delayed
+    from distributed import Future
+
+__all__ = ["SCHEDULERS", "reduce_statistic", "require_scheduler"]
+
+SCHEDULERS = ("threads", "synchronous")
+"""The schedulers that need no cluster; any address (``tcp://…``) is the third choice."""
+
+
+def require_scheduler(scheduler: str) -> None:
+    """Raise AnalysisError unless the scheduler is one of :data:`SCHEDULERS`, or an address."""
+    if scheduler not in SCHEDULERS and "://" not in scheduler:
+        raise AnalysisError(
+            f"There is no scheduler '{scheduler}'.{did_you_mean(scheduler, SCHEDULERS)}",
+            hint=f"It is one of {', '.join(SCHEDULERS)}, or the address of a Dask cluster (tcp://HOST:PORT).",
+        )
+
+
+def reduce_statistic(
+    statistic: Statistic[Any], run: Run, *, scheduler: str = "threads", progress: bool = False
+) -> State:
+    """Return the state of a whole run.
+
+    Each worker holds one unit's block at a time (the statistic says how large) and shares the statistic's
+    weights with the other threads of its process. BLAS runs on one thread, so that workers × BLAS threads
+    are the cores, and so that the result has the same digits whatever the scheduler and the number of workers.
+
+    Parameters
+    ----------
+    statistic : Statistic
+        What to compute.
+    run : Run
+        The run to read.
+    scheduler : str
+        ``"threads"`` (one worker a core), ``"synchronous"`` (this thread; for debugging), or the address
+        of a Dask cluster, whose workers must see the lake under the same URL.
+    progress : bool
+        Whether to draw a bar on stderr. A cluster has its own dashboard instead.
+
+    Raises
+    ------
+    AnalysisError
+        The scheduler is unknown, or the data cannot be analysed.
+    LayerLakeError
+        Nobody answers at the scheduler's address.
+    """
+    require_scheduler(scheduler)
+    units = statistic.units()
+    if not units:
+        return statistic.zero()
+    run = Run(run.store, run.manifest)  # without the tables that the other has read: it may have to travel
+    if "://" in scheduler:
+        return _reduce_on_cluster(statistic, run, units, scheduler)
+    from dask.delayed import delayed
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    plan = _plan(delayed(statistic, pure=False, traverse=False), run, units)
+    with threadpool_limits(1, "blas"), _bar(statistic, run, len(units), shown=progress):
+        merged: State = plan.compute(scheduler=scheduler)
+    return merged
+
+
+def _reduce_on_cluster(statistic: Statistic[Any], run: Run, units: list[Unit], address: str) -> State:
+    from distributed import Client
+
+    try:
+        client = Client(address, set_as_default=False, timeout="10s")
+    except (OSError, ValueError) as error:
+        raise LayerLakeError(
+            f"No Dask scheduler answers at '{address}': {error}",
+            hint="Start one: dask scheduler; dask worker ADDRESS.",
+        ) from error
+    with client:
+        client.run(_use_one_blas_thread)
+        # it holds the weights: once to each worker
+        shared = client.scatter(statistic, broadcast=True, hash=False)
+        merged: State = client.compute(_plan(shared, run, units), sync=True)
+    return merged
+
+
+def _use_one_blas_thread() -> None:
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1, "blas")  # not a context: a worker keeps it, as Dask's nanny would have set it
+
+
+def _plan(statistic: Delayed | Future[Statistic[Any]], run: Run, units: list[Unit]) -> Delayed:
+    """Return the lazy state: leaves in the order of the units, merged two by two until one is left."""
+    from dask.delayed import delayed
+
+    measure, merge = delayed(_measure, pure=False), delayed(_merge, pure=False)
+    opened = delayed(run, pure=False, traverse=False)
+    states = [measure(statistic, opened, unit) for unit in units]
+    while len(states) > 1:
+        pairs = (states[i : i + 2] for i in range(0, len(states), 2))
+        states = [merge(statistic, *pair) if len(pair) > 1 else pair[0] for pair in pairs]
+    whole: Delayed = states[0]
+    return whole
+
+
+def _measure(statistic: Statistic[Any], run: Run, unit: Unit) -> State:
+    return statistic.update(statistic.zero(), statistic.read(run, unit))
+
+
+def _merge(statistic: Statistic[Any], a: State, b: State) -> State:
+    return statistic.merge(a, b)
+
+
+@contextmanager
+def _bar(statistic: Statistic[Any], run: Run, n_units: int, *, shown: bool) -> Iterator[Callback | None]:
+    """Draw the progress of the leaves on stderr."""
+    if not shown:
+        yield None
+        return
+    from dask.callbacks import Callback
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(
+            f"{type(statistic).__name__.removesuffix('Statistic')} of {run.run_id}", total=n_units
+        )
+
+        def count(key: Any, *_: Any) -> None:
+            if str(key).startswith("_measure-"):
+                bar.advance(task)
+
+        with Callback(posttask=count) as callback:
+            yield callback

@@ -1,0 +1,340 @@
+"""The report: the findings of a lake as one HTML file that holds all it needs, charts drawn by Vega included."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ..catalog.errors import LayerLakeError, RunNotFound
+from ..catalog.findings import FindingKey, StoredTable, newest_findings, read_finding
+from ..catalog.lake import Lake
+from ..catalog.run import Run
+from .captions import FIGURES, TITLES, Figure
+from .charts import Series, series_colors
+from .provenance import describe_run, params_text
+
+__all__ = ["build_report", "label_runs", "write_report"]
+
+# `ast` keeps Vega from compiling its expressions to functions, which the page's policy forbids.
+_DRAW = """
+for (const node of document.querySelectorAll(".chart")) {
+  const spec = JSON.parse(document.getElementById(node.dataset.spec).textContent);
+  const actions = {export: true, source: false, compiled: false, editor: false};
+  vegaEmbed(node, spec, {ast: true, renderer: "svg", actions, downloadFileName: node.dataset.spec}).catch(error => {
+    node.textContent = "This chart could not be drawn: " + error;
+    node.classList.add("failed");
+  });
+}
+"""
+
+_N_REMARKS = 4
+
+
+def write_report(
+    lake: Lake, path: str | os.PathLike[str], *, runs: Sequence[str] = (), made: datetime | None = None
+) -> None:
+    """Write the report of a lake to a local file; one that was there is replaced as a whole.
+
+    Parameters
+    ----------
+    lake, runs, made
+        As for :func:`build_report`.
+    path : str or path
+        The file.
+
+    Raises
+    ------
+    LayerLakeError
+        The file cannot be written.
+    """
+    html = build_report(lake, runs=runs, output=os.fspath(path), made=made)
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.write_text(html, encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise LayerLakeError(
+            f"The report cannot be written to '{target}': {error.strerror or error}."
+        ) from error
+
+
+def build_report(
+    lake: Lake, *, runs: Sequence[str] = (), output: str = "report.html", made: datetime | None = None
+) -> str:
+    """Return the findings of some runs as one HTML page that needs no network.
+
+    Reads the small views that the charts show, never a row per token or per neuron; the page takes about
+    1 MB, most of it Vega. Nothing is computed: an analysis that a run lacks is named, with its command.
+
+    Parameters
+    ----------
+    lake : Lake
+        The lake.
+    runs : sequence of str
+        Runs by id or unique prefix, in the order of their colours; all runs if empty.
+    output : str
+        Where the page will be saved, for the command that it shows.
+    made : datetime, optional
+        The time to print; now if None. All else is determined by the lake.
+
+    Raises
+    ------
+    RunNotFound
+        A run is not in the lake, or the lake has none.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    opened = list({run.run_id: run for run in lake.runs(runs)}.values())
+    if not opened:
+        raise RunNotFound(
+            f"The lake '{lake.url}' has no runs to report.", hint="Capture one: layerlake capture LAKE …"
+        )
+    series = label_runs(opened)
+    colors = series_colors(series)
+    stored = [table for table in newest_findings(lake.findings()) if table.key.run in colors]
+    source = _Source(
+        lake, opened, series, stored, list(colors) if set(colors) != set(lake.run_ids) else [], count(1)
+    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {
+        "sort_keys": True,
+        "separators": (",", ":"),
+        "allow_nan": False,
+    }
+    template = environment.from_string(files(__package__).joinpath("report.html").read_text("utf-8"))
+    script = _script()
+    return template.render(
+        title=_title(series),
+        lake=lake.url,
+        version=version("layerlake"),
+        made=(made or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC"),
+        command=_command("report", lake.url, "-o", output, runs=source.chosen),
+        runs=[
+            describe_run(run, item, colors[item.run], stored)
+            for run, item in zip(opened, series, strict=True)
+        ],
+        sections=[_section(source, analysis) for analysis in TITLES],
+        script=Markup(script),  # noqa: S704  # ours and Vega's, and named by its digest in the page's policy
+        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def label_runs(runs: Sequence[Run]) -> list[Series]:
+    """Return the series of some runs, each with a short label that no other has.
+
+    The last part of the model's name; where runs share that, with the text that was captured, or else with
+    the digits of the run's id.
+    """
+    labels = [run.manifest.model_name.rstrip("/").rpartition("/")[2] for run in runs]
+    for ending in (
+        [run.manifest.dataset.rpartition("/")[2] for run in runs],
+        [run.run_id.rpartition("-")[2] for run in runs],
+    ):
+        shared = {label for label in labels if labels.count(label) > 1}
+        labels = [
+            f"{label} · {end}" if label in shared else label
+            for label, end in zip(labels, ending, strict=True)
+        ]
+    return [Series(run.run_id, label, run.shape.n_layers) for run, label in zip(runs, labels, strict=True)]
+
+
+def _title(series: Sequence[Series]) -> str:
+    labels = [item.label for item in series]
+    return f"Activations of {' and '.join(labels) if len(labels) < 3 else f'{len(labels)} runs'}"
+
+
+@cache  # building the bundle takes seconds, and it is always the same
+def _script() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed, and what draws the charts with them, as one script."""
+    import vl_convert
+
+    script = vl_convert.javascript_bundle() + _DRAW
+    # Nothing in it may end the element that it stands in, nor be changed by the parser: its digest is checked.
+    return script.replace("</script", "<\\/script").replace("\r", "")
+
+
+def _command(name: str, lake: str, *arguments: str, runs: Sequence[str] = ()) -> str:
+    """Return a command that works as it stands; without runs it takes all."""
+    return shlex.join(
+        ["layerlake", name, lake, *arguments, *(word for run in runs for word in ("--run", run))]
+    )
+
+
+# -- sections -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What the sections are made from."""
+
+    lake: Lake
+    runs: Sequence[Run]
+    series: Sequence[Series]
+    stored: Sequence[StoredTable]
+    chosen: Sequence[str]
+    """The runs that commands have to name; none where all of the lake are shown."""
+    numbers: Iterator[int]
+    """The numbers of the figures to come."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A figure with its chart."""
+
+    number: int
+    figure: Figure
+    computed: str
+    counts: str
+    """How much of each run went into it."""
+    remarks: list[str]
+    """Why values are missing."""
+    spec: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The figures that one analysis gives with one set of parameters."""
+
+    params: str
+    figures: list[_Drawn]
+    commands: list[str]
+    """The one that computes it, and those that show its numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """Something that is missing or out of date, and the command that mends it."""
+
+    text: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    analysis: str
+    title: str
+    groups: list[_Group]
+    notes: list[_Note]
+
+
+def _section(source: _Source, analysis: str) -> _Section:
+    """Gather the figures of one analysis, and what is missing for them."""
+    tables = [table for table in source.stored if table.key.analysis == analysis]
+    groups: dict[str, list[StoredTable]] = {}
+    for table in sorted(
+        tables, key=lambda table: (len(_changed_options(table.key)), params_text(table.key.params))
+    ):
+        groups.setdefault(params_text(table.key.params), []).append(table)
+    notes = []
+    for run, item in zip(source.runs, source.series, strict=True):
+        command = _command("analyze", source.lake.url, analysis, runs=[run.run_id])
+        own = [table for table in tables if table.key.run == run.run_id]
+        if not own:
+            notes.append(_Note(f"{item.label} has not been analysed for this. To compute it:", command))
+        elif any(_is_outgrown(table.key, run) for table in own):
+            text = f"{item.label} has grown since this was computed. To bring it up to date:"
+            notes.append(_Note(text, command))
+    return _Section(analysis, TITLES[analysis], [_group(source, group) for group in groups.values()], notes)
+
+
+def _group(source: _Source, stored: Sequence[StoredTable]) -> _Group:
+    """Draw the figures of one analysis and parameter set."""
+    key = stored[0].key
+    figures = [figure for figure in FIGURES if figure.analysis == key.analysis]
+    tables: dict[str, pa.Table] = {}
+    for view in dict.fromkeys(figure.view for figure in figures):
+        found = [read_finding(source.lake.store, table.key, [view]) for table in stored if table.view == view]
+        parts = [finding.table for finding in found if finding is not None and finding.table.num_rows]
+        if parts:
+            tables[view] = pa.concat_tables(parts, promote_options="default")
+    drawn = [
+        _Drawn(
+            next(source.numbers),
+            figure,
+            figure.say_computed(key.params),
+            _counts(tables[figure.view], source.series),
+            _remarks(tables[figure.view], source.series),
+            figure.draw(tables[figure.view], source.series).to_dict(),
+        )
+        for figure in figures
+        if figure.view in tables
+    ]
+    url, chosen = source.lake.url, source.chosen
+    commands = [
+        _command("analyze", url, key.analysis, *_changed_options(key), runs=chosen),
+        *(_command("sql", url, f"SELECT * FROM {view}") for view in tables),
+    ]
+    return _Group(params_text(key.params), drawn, commands)
+
+
+def _changed_options(key: FindingKey) -> list[str]:
+    """Return the options of ``layerlake analyze`` that give these parameters."""
+    from .analyses import ANALYSES
+
+    words = []
+    for option in dataclasses.fields(ANALYSES[key.analysis].options):
+        value, flag = key.params.get(option.name, option.default), option.name.replace("_", "-")
+        if value == option.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+def _is_outgrown(key: FindingKey, run: Run) -> bool:
+    """Whether the run holds more of what the finding was computed from."""
+    return any(
+        site in run.sites and len(run.manifest.sites[site]) > len(extent["partitions"])
+        for site, extent in key.extents.items()
+        if "partitions" in extent
+    )
+
+
+def _counts(table: pa.Table, series: Sequence[Series]) -> str:
+    """Say how many tokens, samples or documents of each run the numbers are means over."""
+    column = next(
+        (name for name in ("n_samples", "n_tokens", "n_queries") if name in table.column_names), None
+    )
+    if column is None:
+        return ""
+    largest: dict[str, int] = {}
+    for run, n in zip(table["run"].to_pylist(), table[column].to_pylist(), strict=True):
+        largest[run] = max(largest.get(run, 0), n or 0)
+    unit = column.removeprefix("n_")
+    said = [f"{largest[item.run]:,} {unit} of {item.label}" for item in series if item.run in largest]
+    return ", ".join(said)
+
+
+def _remarks(table: pa.Table, series: Sequence[Series]) -> list[str]:
+    """Say why values are missing, in the table's own words."""
+    labels = {item.run: item.label for item in series}
+    remarks = dict.fromkeys(
+        f"{labels[row['run']]}: {row[name]}."
+        for name in ("reason", "note")
+        if name in table.column_names
+        for row in table.select(["run", name]).to_pylist()
+        if row[name]
+    )
+    shown = list(remarks)[:_N_REMARKS]
+    if len(remarks) > len(shown):
+        shown.append(f"And {len(remarks) - len(shown)} more reasons in the table.")
+    return shown

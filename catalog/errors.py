@@ -1,0 +1,129 @@
+"""Every error that layerlake raises, on one page.
+
+Each is also the built-in it resembles, so ``except LookupError`` and ``except RunNotFound`` both work.
+A message says what happened, with the actual values; ``hint`` says the mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AdapterMismatch",
+    "AmbiguousRun",
+    "AnalysisError",
+    "CaptureInProgress",
+    "CorpusError",
+    "CorruptRun",
+    "FormatError",
+    "LakeNotFound",
+    "LayerLakeError",
+    "MissingExtra",
+    "ModelError",
+    "NotInLake",
+    "OverflowInCapture",
+    "PlanError",
+    "QueryError",
+    "RunNotFound",
+    "SelfCheckFailed",
+    "SiteNotFound",
+    "did_you_mean",
+]
+
+
+class LayerLakeError(Exception):
+    """The root of all errors that layerlake raises on purpose."""
+
+    hint: str
+    """How to mend it; empty where the message already says so."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class NotInLake(LayerLakeError):
+    """Something was asked for that the lake does not hold."""
+
+
+class LakeNotFound(NotInLake, FileNotFoundError):
+    """The path or URL is not a lake."""
+
+
+class RunNotFound(NotInLake, LookupError):
+    """No run has this id or prefix."""
+
+
+class AmbiguousRun(LayerLakeError, LookupError):
+    """Several runs fit, and the command needs one."""
+
+
+class SiteNotFound(NotInLake, LookupError):
+    """The site is unknown, or the run does not hold it."""
+
+
+class FormatError(LayerLakeError, ValueError):
+    """The lake was written in a format that this version does not read."""
+
+
+class CorruptRun(LayerLakeError, ValueError):
+    """What lies in the lake contradicts its manifest."""
+
+
+class PlanError(LayerLakeError, ValueError):
+    """The capture that was asked for cannot be done as asked."""
+
+
+class CorpusError(PlanError):
+    """The text to capture cannot be read, or yields no documents."""
+
+
+class ModelError(PlanError):
+    """The model cannot be opened, or is not one that layerlake captures."""
+
+
+class CaptureInProgress(LayerLakeError, RuntimeError):
+    """Another capture of the same run is open."""
+
+
+class SelfCheckFailed(LayerLakeError, AssertionError):
+    """An identity that the captured values must satisfy does not hold for this model."""
+
+
+class AdapterMismatch(SelfCheckFailed):
+    """TransformerLens names a hook or a weight of this model otherwise than layerlake expects."""
+
+
+class OverflowInCapture(LayerLakeError, OverflowError):
+    """A captured value is not finite in the dtype in which it is stored."""
+
+
+class AnalysisError(LayerLakeError, ValueError):
+    """The analysis cannot be computed from what the run holds."""
+
+
+class QueryError(LayerLakeError, ValueError):
+    """The SQL is wrong, or is not a read."""
+
+
+class MissingExtra(LayerLakeError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"{package} is not installed; this command needs the extra '{extra}'.",
+            hint=f'Install it with: pip install "layerlake[{extra}]"',
+        )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the known word nearest to ``word``, else an empty string.
+
+    Examples
+    --------
+    >>> did_you_mean("mlp_poost", ["resid", "mlp_post"])
+    " Did you mean 'mlp_post'?"
+    """
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""

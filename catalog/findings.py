@@ -1,0 +1,176 @@
+"""Findings: the results of analyses, kept in the lake. The one owner of how they are named, written and read.
+
+A finding is one or more tidy tables that one analysis drew from one run with one set of parameters.
+Each of its tables is one Parquet object, ``findings/<view>/<digest>/part-00000.parquet``, which carries
+its own description, so that a table is either whole and explained or absent. The digest covers the
+analysis, its version, the run, the parameters and the extents that were read: equal digest, equal result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import CorruptRun
+from .layout import finding_path
+from .stores import Store
+from .tables import to_parquet
+
+__all__ = [
+    "Finding",
+    "FindingKey",
+    "StoredTable",
+    "list_findings",
+    "merge_findings",
+    "newest_findings",
+    "read_finding",
+    "write_finding",
+]
+
+_METADATA_KEY = b"layerlake"
+
+
+@dataclass(frozen=True, slots=True)
+class FindingKey:
+    """All that decides what an analysis finds in one run: the memo key."""
+
+    analysis: str
+    version: int
+    """Raised whenever the analysis would give other numbers from the same data."""
+    run: str
+    params: Mapping[str, Any]
+    """Every parameter that changes the result; JSON values only."""
+    extents: Mapping[str, Any]
+    """For each site that is read, what the run held of it (:meth:`Run.extent`)."""
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of the SHA-256 of the key."""
+        text = json.dumps(
+            [self.analysis, self.version, self.run, dict(self.params), dict(self.extents)], sort_keys=True
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What an analysis found: its tables by view name, and how they came about."""
+
+    analysis: str
+    tables: dict[str, pa.Table]
+    """View name → table; the first is the main one. Every table begins with a column ``run``."""
+    keys: tuple[FindingKey, ...]
+    """One key for each run that is in the tables."""
+
+    @property
+    def table(self) -> pa.Table:
+        """The main table."""
+        return next(iter(self.tables.values()))
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The ids of the runs in the tables."""
+        return tuple(key.run for key in self.keys)
+
+    def df(self) -> Any:
+        """Return the main table as a pandas DataFrame."""
+        return self.table.to_pandas()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTable:
+    """One table of a stored finding, described without reading its rows."""
+
+    view: str
+    finding: str
+    """The digest of the finding's key."""
+    key: FindingKey
+    n_rows: int
+    created: str
+    """UTC time of writing, ISO 8601."""
+
+    @property
+    def path(self) -> str:
+        """The object that holds the table."""
+        return finding_path(self.view, self.finding)
+
+
+def write_finding(store: Store, finding: Finding) -> None:
+    """Write a finding of one run; the main table last, so that its presence means that all are there."""
+    (key,) = finding.keys
+    description = {
+        "analysis": key.analysis,
+        "version": key.version,
+        "run": key.run,
+        "params": dict(key.params),
+        "extents": dict(key.extents),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    metadata = {_METADATA_KEY: json.dumps(description, sort_keys=True).encode()}
+    for view, table in reversed(finding.tables.items()):
+        store.write(finding_path(view, key.digest), to_parquet(table.replace_schema_metadata(metadata)))
+
+
+def read_finding(store: Store, key: FindingKey, views: Iterable[str]) -> Finding | None:
+    """Return the stored finding of a key, or None unless all of its views are there."""
+    tables = {}
+    for view in views:
+        path = finding_path(view, key.digest)
+        if not store.exists(path):
+            return None
+        with store.open(path) as file:
+            tables[view] = pq.read_table(file).replace_schema_metadata(None)
+    return Finding(key.analysis, tables, (key,))
+
+
+def list_findings(store: Store, view: str | None = None) -> list[StoredTable]:
+    """Describe every stored table, or those of one view. Reads each object's footer only."""
+    stored = []
+    for name in [view] if view else store.list("findings"):
+        for digest in store.list(f"findings/{name}"):
+            path = finding_path(name, digest)
+            if not store.exists(path):
+                continue
+            with store.open(path) as file:
+                footer = pq.read_metadata(file)
+            text = (footer.metadata or {}).get(_METADATA_KEY)
+            if text is None:
+                raise CorruptRun(
+                    f"{path} is not a finding: it carries no description.", hint=f"Remove {path}."
+                )
+            given = json.loads(text)
+            created = given.pop("created")
+            stored.append(StoredTable(name, digest, FindingKey(**given), footer.num_rows, created))
+    return stored
+
+
+def newest_findings(stored: Iterable[StoredTable]) -> list[StoredTable]:
+    """Keep, for each view, run and parameter set, the newest version and extent only."""
+    newest: dict[str, StoredTable] = {}
+    for table in stored:
+        slot = json.dumps([table.view, table.key.run, dict(table.key.params)], sort_keys=True)
+        if slot not in newest or _age(newest[slot]) < _age(table):
+            newest[slot] = table
+    return list(newest.values())
+
+
+def _age(table: StoredTable) -> tuple[int, int, str]:
+    n_tokens = sum(int(extent["n_tokens"]) for extent in table.key.extents.values())
+    return table.key.version, n_tokens, table.created
+
+
+def merge_findings(findings: Iterable[Finding]) -> Finding:
+    """Stack the findings of several runs by one analysis into one, table by table."""
+    first, *others = findings
+    tables = {
+        view: pa.concat_tables([table, *(other.tables[view] for other in others)], promote_options="default")
+        for view, table in first.tables.items()
+    }
+    return replace(first, tables=tables, keys=tuple(key for f in (first, *others) for key in f.keys))

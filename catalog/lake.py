@@ -1,0 +1,151 @@
+"""A lake: runs, models and findings under one URL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Self
+
+from .errors import AmbiguousRun, FormatError, LakeNotFound, RunNotFound, did_you_mean
+from .findings import StoredTable, list_findings
+from .layout import FORMAT_VERSION, LAKE_MARKER
+from .manifest import read_manifest
+from .run import Run
+from .stores import Store
+
+__all__ = ["Lake", "create_lake"]
+
+
+class Lake:
+    """A lake, opened for reading.
+
+    Parameters
+    ----------
+    url : str or path
+        A folder or an fsspec URL (``s3://…``, ``gs://…``, ``memory://…``).
+
+    Raises
+    ------
+    LakeNotFound
+        There is no lake at the URL.
+    FormatError
+        The lake was written by a newer layerlake.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.store = Store(url)
+        if not self.store.exists(LAKE_MARKER):
+            what = "is not a lake" if self.store.exists("") else "does not exist"
+            raise LakeNotFound(
+                f"'{self.store.url}' {what} (it has no {LAKE_MARKER}).",
+                hint="Make one: layerlake capture LAKE --model … --dataset …",
+            )
+        _check_format(self.store)
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str]) -> Self:
+        """Open a lake; the same as calling the class."""
+        return cls(url)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.store.url!r}, {len(self.run_ids)} runs)"
+
+    @property
+    def url(self) -> str:
+        """Where the lake lies."""
+        return self.store.url
+
+    @property
+    def run_ids(self) -> list[str]:
+        """The ids of all committed runs."""
+        return [run_id for run_id in self.store.list("runs") if self.store.list(f"runs/{run_id}/log")]
+
+    def run(self, prefix: str | None = None) -> Run:
+        """Open one run by its id or a unique prefix of it; without one, the lake's only run.
+
+        Raises
+        ------
+        RunNotFound
+            No run fits.
+        AmbiguousRun
+            Several do.
+        """
+        known = self.run_ids
+        fitting = (
+            [prefix] if prefix in known else [run_id for run_id in known if run_id.startswith(prefix or "")]
+        )
+        if not fitting:
+            if prefix is None:
+                raise RunNotFound(
+                    f"The lake '{self.url}' has no runs.", hint="Capture one: layerlake capture LAKE …"
+                )
+            raise RunNotFound(
+                f"No run of the lake '{self.url}' begins with '{prefix}'.{did_you_mean(prefix, known)}",
+                hint=f"Runs are: {', '.join(known) or 'none'}.",
+            )
+        if len(fitting) > 1:
+            asked = f"begin with '{prefix}'" if prefix else "are in the lake"
+            raise AmbiguousRun(
+                f"{len(fitting)} runs {asked}: {', '.join(fitting)}.", hint="Say which: --run ID."
+            )
+        manifest = read_manifest(self.store, fitting[0])
+        if manifest is None:
+            raise RunNotFound(f"Run {fitting[0]} has no manifest.")
+        return Run(self.store, manifest)
+
+    def runs(self, prefixes: Sequence[str] = ()) -> list[Run]:
+        """Open the runs that the prefixes name, or all runs, in the order of their ids."""
+        return [self.run(prefix) for prefix in (prefixes or self.run_ids)]
+
+    def models(self) -> list[dict[str, Any]]:
+        """Describe the models (``model.json`` of each)."""
+        return [self.store.read_json(f"models/{name}/model.json") for name in self.store.list("models")]
+
+    def findings(self, view: str | None = None) -> list[StoredTable]:
+        """Describe all stored findings, or those of one view."""
+        return list_findings(self.store, view)
+
+
+def _check_format(store: Store) -> None:
+    marker = store.read_json(LAKE_MARKER)
+    version = marker.get("format_version") if isinstance(marker, dict) else None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise FormatError(
+            f"The lake '{store.url}' has format {version}; this layerlake reads up to {FORMAT_VERSION}.",
+            hint="Upgrade layerlake.",
+        )
+
+
+def create_lake(url: str | os.PathLike[str]) -> Store:
+    """Make a lake at the URL unless there is one, and return its store.
+
+    Raises
+    ------
+    LakeNotFound
+        The URL is a folder with something else in it.
+    FormatError
+        There is a lake of a newer format.
+    """
+    store = Store(url)
+    check_creatable(store)
+    if not store.exists(LAKE_MARKER):
+        store.write_json(LAKE_MARKER, {"format": "layerlake", "format_version": FORMAT_VERSION})
+    return store
+
+
+def check_creatable(store: Store) -> None:
+    """Raise unless the store is empty or a lake that this version can write to.
+
+    Raises
+    ------
+    LakeNotFound
+        It is neither a lake nor empty.
+    FormatError
+        It is a lake of a newer format.
+    """
+    if store.exists(LAKE_MARKER):
+        _check_format(store)
+    elif store.list(""):
+        raise LakeNotFound(
+            f"'{store.url}' is not a lake, and it is not empty.", hint="Name a new or an empty folder."
+        )

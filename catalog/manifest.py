@@ -1,0 +1,121 @@
+"""The manifest log of a run: whole snapshots, numbered, each created only if absent; the last is the truth."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from .errors import CorruptRun, FormatError
+from .layout import FORMAT_VERSION, Geometry, log_path, run_path
+from .shapes import ModelShape
+from .stores import Store
+
+__all__ = ["Manifest", "Partition", "commit_manifest", "read_manifest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """What one partition holds; the same for every site captured of it."""
+
+    index: int
+    n_rows: int
+    """Token rows used, from the partition's first row on."""
+    n_pairs: int
+    """(query, key) pairs used."""
+    n_documents: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One snapshot of a run: everything a reader needs to know, and nothing that it must guess."""
+
+    run_id: str
+    model_id: str
+    model_name: str
+    """The hub id or the folder's name; for people."""
+    shape: ModelShape
+    identity: dict[str, Any]
+    """What makes this run this run (weights, tokenizer, numerics, corpus); ``run_id`` is its digest."""
+    dataset: str
+    """The corpus in words; its fingerprint is in ``identity``."""
+    geometry: Geometry
+    dtype: str
+    """The stored dtype: float16, bfloat16 or float32."""
+    bos_token_id: int | None
+    n_documents: int = 0
+    """Stored documents (cut ones included)."""
+    n_cut: int = 0
+    n_refused: int = 0
+    n_tokens: int = 0
+    """Stored tokens."""
+    partitions: tuple[Partition, ...] = ()
+    sites: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """For each site, the partitions that hold it."""
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each table (documents, tokens, objects), its parts, in order."""
+    captures: tuple[dict[str, Any], ...] = ()
+    """Provenance, one entry a capture: time, versions, device, self-check."""
+    number: int = 0
+    """The snapshot's place in the log, from 1."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the snapshot as a JSON object."""
+        value = dataclasses.asdict(self)
+        value["format_version"] = FORMAT_VERSION
+        return value
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Rebuild a snapshot from :meth:`to_json`.
+
+        Raises
+        ------
+        FormatError
+            The snapshot was written by a newer format.
+        CorruptRun
+            A field is missing.
+        """
+        version = value.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise FormatError(
+                f"The run was written in format {version}; this layerlake reads up to {FORMAT_VERSION}.",
+                hint="Upgrade layerlake.",
+            )
+        try:
+            given = {f.name: value[f.name] for f in dataclasses.fields(cls)}
+        except KeyError as error:
+            raise CorruptRun(f"A manifest has no field {error}.") from error
+        given["shape"] = ModelShape.from_json(value["shape"])
+        given["geometry"] = Geometry.from_json(value["geometry"])
+        given["partitions"] = tuple(Partition(**item) for item in value["partitions"])
+        given["sites"] = {name: tuple(items) for name, items in value["sites"].items()}
+        given["parts"] = {name: tuple(items) for name, items in value["parts"].items()}
+        given["captures"] = tuple(value["captures"])
+        return cls(**given)
+
+
+def read_manifest(store: Store, run_id: str) -> Manifest | None:
+    """Return the newest snapshot of a run, or None if none was committed."""
+    names = [name for name in store.list(f"{run_path(run_id)}/log") if name.endswith(".json")]
+    if not names:
+        return None
+    return Manifest.from_json(store.read_json(f"{run_path(run_id)}/log/{names[-1]}"))
+
+
+def commit_manifest(store: Store, manifest: Manifest) -> Manifest:
+    """Append a snapshot to the log.
+
+    Parameters
+    ----------
+    manifest : Manifest
+        ``number`` is that of the snapshot it was made from; the next one is created.
+
+    Raises
+    ------
+    FileExistsError
+        Somebody else committed since: read the newest, merge, try again.
+    """
+    following = dataclasses.replace(manifest, number=manifest.number + 1)
+    store.write_json(log_path(manifest.run_id, following.number), following.to_json(), create=True)
+    return following

@@ -1,0 +1,28 @@
+"""The evaluation mask: which tokens enter a token-mean metric."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["MIN_MASKED_TOKENS", "evaluation_positions"]
+
+MIN_MASKED_TOKENS = 3
+"""Documents shorter than this have no masked position."""
+
+
+def evaluation_positions(n_tokens: int) -> npt.NDArray[np.int64]:
+    """Return the positions 1 … n-2 of a document of n tokens: int64 ``[position]``.
+
+    Not the first position (BOS, or a token without context), and only positions that have a next
+    token to predict. KL, agreement, entropy, loss, norms and the lens are all evaluated on exactly
+    this set, so that they can be compared token by token.
+
+    Examples
+    --------
+    >>> evaluation_positions(5).tolist()
+    [1, 2, 3]
+    >>> evaluation_positions(2).tolist()
+    []
+    """
+    return np.arange(1, max(1, n_tokens - 1), dtype=np.int64)

@@ -1,0 +1,299 @@
+"""A run, opened for reading: its tables, and its sites as labelled arrays over Dask over Zarr."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .errors import CorruptRun, SiteNotFound, did_you_mean
+from .layout import activations_path, model_path, part_path
+from .manifest import Manifest, Partition
+from .mask import evaluation_positions
+from .shapes import ModelShape
+from .sites import SITES
+from .stores import Store
+from .tables import DOCUMENTS, OBJECTS, TOKENS, read_parts
+
+if TYPE_CHECKING:
+    import xarray
+    import zarr
+
+__all__ = ["Run", "decode"]
+
+
+def decode(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Return stored values as numbers: bfloat16 bits become float32, everything else stays as it is."""
+    if dtype != "bfloat16":
+        return values
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+class Run:
+    """One model over one corpus, as one snapshot of its manifest describes it.
+
+    A capture that extends the run meanwhile does not disturb it. Nothing is read until asked for.
+
+    Attributes
+    ----------
+    manifest : Manifest
+        The snapshot.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.store = store
+        self.manifest = manifest
+
+    def __repr__(self) -> str:
+        held = ", ".join(self.sites)
+        return f"Run({self.run_id!r}: {self.n_tokens:,} tokens of {self.manifest.dataset}; {held})"
+
+    @property
+    def run_id(self) -> str:
+        """The run's id: model slug and digest of the run's identity."""
+        return self.manifest.run_id
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's shape."""
+        return self.manifest.shape
+
+    @property
+    def n_tokens(self) -> int:
+        """Stored tokens."""
+        return self.manifest.n_tokens
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that the run holds, in whole or in part."""
+        return tuple(name for name in SITES if self.manifest.sites.get(name))
+
+    # -- tables ---------------------------------------------------------------------------------
+
+    @cached_property
+    def documents(self) -> pa.Table:
+        """One row an input document, refused ones included (``tables.DOCUMENTS``)."""
+        return self._table("documents", DOCUMENTS)
+
+    @cached_property
+    def stored_documents(self) -> pa.Table:
+        """The documents that have rows: status ``stored`` or ``cut``."""
+        return self.documents.filter(pc.not_equal(self.documents["status"], "refused"))
+
+    @cached_property
+    def tokens(self) -> pa.Table:
+        """One row a stored token: row, document, position, token_id (``tables.TOKENS``)."""
+        return self._table("tokens", TOKENS)
+
+    @cached_property
+    def vocab(self) -> pa.Table:
+        """One row a token id: token_id, text, is_special. Padded rows of the unembedding have no entry."""
+        return read_parts(self.store, [f"{model_path(self.manifest.model_id)}/vocab.parquet"])
+
+    @cached_property
+    def objects(self) -> pa.Table:
+        """One row a written shard: name, site, layer, partition, nbytes, crc32c (``tables.OBJECTS``)."""
+        return self._table("objects", OBJECTS)
+
+    def _table(self, name: str, schema: pa.Schema) -> pa.Table:
+        paths = [part_path(self.run_id, name, part) for part in self.manifest.parts.get(name, ())]
+        return read_parts(self.store, paths, schema)
+
+    # -- weights --------------------------------------------------------------------------------
+
+    def weight(self, name: str) -> npt.NDArray[np.float32]:
+        """Return a weight of the model, raw (nothing folded or centred), float32.
+
+        Parameters
+        ----------
+        name : str
+            ``W_U`` ``[d_model, vocab]``, ``b_U`` ``[vocab]``, ``ln_final.w`` and ``ln_final.b`` ``[d_model]``,
+            ``W_out`` ``[layer, d_mlp, d_model]``, ``b_out`` ``[layer, d_model]``. Biases that the model
+            does not have are zeros.
+        """
+        values: npt.NDArray[np.float32] = np.asarray(self.weight_array(name)[...])
+        return values
+
+    def weight_array(self, name: str) -> zarr.Array[Any]:
+        """Return a weight as a Zarr array, to read it layer by layer."""
+        import zarr
+
+        group = zarr.open_group(
+            self.store.zarr_store(f"{model_path(self.manifest.model_id)}/weights.zarr"), mode="r"
+        )
+        array = group.get(name)
+        if not isinstance(array, zarr.Array):
+            raise CorruptRun(f"Model {self.manifest.model_id} has no weight '{name}' in the lake.")
+        return array
+
+    # -- activations ----------------------------------------------------------------------------
+
+    def require_site(self, site: str) -> None:
+        """Raise unless the run holds the site in every partition.
+
+        Raises
+        ------
+        SiteNotFound
+            It does not; the hint is the command that captures it.
+        """
+        held = self.manifest.sites.get(site, ())
+        if len(held) == len(self.manifest.partitions) and held:
+            return
+        part = (
+            f"in {len(held)} of its {len(self.manifest.partitions)} partitions only" if held else "not at all"
+        )
+        near = "" if site in SITES else did_you_mean(site, SITES)
+        raise SiteNotFound(
+            f"Run {self.run_id} holds site '{site}' {part} (it holds {', '.join(self.sites)}).{near}",
+            hint=f"Capture it: layerlake capture LAKE … --sites {site}" if site in SITES else "",
+        )
+
+    def extent(self, site: str) -> dict[str, Any]:
+        """Return what the run holds of a site, as a part of a finding's key."""
+        self.require_site(site)
+        held = [p for p in self.manifest.partitions if p.index in self.manifest.sites[site]]
+        return {"n_tokens": sum(p.n_rows for p in held), "partitions": [p.index for p in held]}
+
+    def array(self, site: str) -> zarr.Array[Any]:
+        """Return the site's Zarr array as it lies on disk, with unwritten rows between partitions."""
+        import zarr
+
+        if site not in self.sites:
+            self.require_site(site)
+        store = self.store.zarr_store(activations_path(self.run_id))
+        return zarr.open_array(store, path=site, mode="r")
+
+    def span(self, site: str, partition: Partition) -> tuple[int, int]:
+        """Return the first row of a partition on the site's long axis, and the row after its last used one."""
+        start = partition.index * self.manifest.geometry.partition_rows(SITES[site])
+        return start, start + (partition.n_pairs if SITES[site].rows == "pair" else partition.n_rows)
+
+    def read(self, site: str, layer: int, partition: Partition) -> npt.NDArray[Any]:
+        """Read one partition of one layer, decoded: ``[token, width]``, or ``[head, pair]`` of ``pattern``.
+
+        Reads one shard. The dtype is the stored one (float32 for a bfloat16 run).
+        """
+        start, stop = self.span(site, partition)
+        array = self.array(site)
+        values = array[layer, :, start:stop] if SITES[site].rows == "pair" else array[layer, start:stop]
+        return decode(np.asarray(values), self.manifest.dtype)
+
+    @property
+    def resid(self) -> xarray.DataArray:
+        """The residual stream at every boundary: ``(boundary, token, d_model)``."""
+        return self._labelled("resid")
+
+    @property
+    def resid_pre(self) -> xarray.DataArray:
+        """The residual stream before each block: ``(layer, token, d_model)``."""
+        resid = self.resid.isel(boundary=slice(0, -1))
+        return resid.rename(boundary="layer").rename("resid_pre")
+
+    @property
+    def resid_post(self) -> xarray.DataArray:
+        """The residual stream after each block: ``(layer, token, d_model)``."""
+        resid = self.resid.isel(boundary=slice(1, None)).rename(boundary="layer")
+        return resid.assign_coords(layer=np.arange(self.shape.n_layers)).rename("resid_post")
+
+    @property
+    def resid_mid(self) -> xarray.DataArray:
+        """resid_pre + attn_out in float32, of a model with sequential blocks.
+
+        Raises
+        ------
+        SiteNotFound
+            The model's blocks are parallel, or attn_out was not captured.
+        """
+        if self.shape.block == "parallel":
+            raise SiteNotFound(
+                f"Run {self.run_id} has no resid_mid: in the parallel blocks of {self.shape.family}, "
+                "attention and MLP read the same residual."
+            )
+        middle = self.resid_pre.astype("float32") + self.attn_out.astype("float32")
+        return middle.rename("resid_mid")
+
+    @property
+    def attn_out(self) -> xarray.DataArray:
+        """What attention adds to the residual: ``(layer, token, d_model)``."""
+        return self._labelled("attn_out")
+
+    @property
+    def mlp_out(self) -> xarray.DataArray:
+        """What the MLP adds to the residual: ``(layer, token, d_model)``."""
+        return self._labelled("mlp_out")
+
+    @property
+    def mlp_post(self) -> xarray.DataArray:
+        """The neurons' activations, which W_out multiplies: ``(layer, token, d_mlp)``."""
+        return self._labelled("mlp_post")
+
+    @property
+    def pattern(self) -> xarray.DataArray:
+        """Attention weights, packed: ``(layer, head, pair)``; :meth:`attention` unpacks a document."""
+        return self._labelled("pattern")
+
+    def attention(self, document: int, layer: int) -> xarray.DataArray:
+        """Return one document's attention weights in one layer: float32 ``(head, query, key)``, zero above the diagonal.
+
+        Raises
+        ------
+        LookupError
+            The document is not stored.
+        """
+        import xarray
+
+        found = self.stored_documents.filter(pc.equal(self.stored_documents["document"], document))
+        if not found.num_rows:
+            raise SiteNotFound(f"Run {self.run_id} stores no document {document}.")
+        n, start = int(found["n_tokens"][0].as_py()), int(found["pair_start"][0].as_py())
+        packed = np.asarray(self.array("pattern")[layer, :, start : start + n * (n + 1) // 2])
+        dense = np.zeros((packed.shape[0], n, n), dtype=np.float32)
+        dense[:, *np.tril_indices(n)] = decode(packed, self.manifest.dtype)
+        return xarray.DataArray(dense, dims=("head", "query", "key"), name="pattern")
+
+    def _labelled(self, name: str) -> xarray.DataArray:
+        """Return a site without its unwritten rows, labelled by row, document, position and token_id."""
+        import dask.array as da
+        import xarray
+
+        self.require_site(name)
+        site, array = SITES[name], self.array(name)
+        axis = site.dims.index(site.rows)
+        # Dask takes equal names for equal values: two lakes may hold runs of one id, captured on two machines.
+        key = f"{self.store.url}/{self.run_id}/{name}/{array.shape}"
+        lazy = da.from_array(array, chunks=array.shards or array.chunks, name=key)
+        pieces = []
+        for partition in self.manifest.partitions:
+            index = [slice(None)] * 3
+            index[axis] = slice(*self.span(name, partition))
+            pieces.append(lazy[tuple(index)])
+        values = da.concatenate(pieces, axis=axis)
+        if self.manifest.dtype == "bfloat16":
+            values = values.map_blocks(decode, "bfloat16", dtype=np.float32)
+        coords: dict[str, Any] = {site.dims[0]: np.arange(values.shape[0])}
+        if site.rows == "token":
+            coords |= {label: ("token", self.tokens[label].to_numpy()) for label in TOKENS.names}
+        return xarray.DataArray(values, dims=site.dims, coords=coords, name=name)
+
+    # -- the evaluation mask --------------------------------------------------------------------
+
+    @cached_property
+    def masked_tokens(self) -> pa.Table:
+        """The tokens of the evaluation mask: row, document, position, token_id, next_token_id.
+
+        See :mod:`layerlake.catalog.mask`; rows in stored order.
+        """
+        tokens = self.tokens
+        document, position = tokens["document"].to_numpy(), tokens["position"].to_numpy()
+        lengths = dict(zip(*np.unique(document, return_counts=True), strict=True))
+        masked = np.zeros(len(document), dtype=bool)
+        starts = np.flatnonzero(position == 0)
+        for start in starts:
+            masked[start + evaluation_positions(int(lengths[document[start]]))] = True
+        index = np.flatnonzero(masked)
+        following = tokens["token_id"].to_numpy()[index + 1]
+        return tokens.take(index).append_column("next_token_id", pa.array(following, pa.int32()))

@@ -1,0 +1,245 @@
+"""A site of a run as rows: the reader that DuckDB's predicates and projections reach.
+
+A query reads in three steps, each of which leaves the next one less to do. Arrow simplifies the filter
+under what is known of each partition, layer and head without looking (``dataset.possible``). For a
+partition that is left, the filter is applied to the labels of its rows (document, position, text, …), which
+come from the token table. Only then are values read: the chunks that hold a row which passed, and none at
+all if the query does not ask for the values. One batch is one layer of one partition (and one head of
+``pattern``), which bounds the memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..catalog.manifest import Partition
+from ..catalog.run import Run, decode
+from ..catalog.sites import SITES
+from .dataset import filtered, possible
+from .labels import PAIR_LABELS, TOKEN_LABELS, Labels
+from .reads import Read, ReadLog
+
+__all__ = ["SITE_RELATIONS", "SiteRelation", "SiteScan"]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRelation:
+    """How a relation of a run's schema comes from the sites that are stored."""
+
+    name: str
+    axis: Literal["boundary", "layer"]
+    sites: tuple[str, ...]
+    """The sites that are read; their values are added."""
+    shift: int = 0
+    """Layer l of the relation is at l + shift of the array."""
+
+    def exists_in(self, run: Run) -> bool:
+        """Tell whether the run holds what the relation is made of."""
+        # in parallel blocks the MLP does not read resid_pre + attn_out: there is no such place in the model
+        makes_sense = self.name != "resid_mid" or run.shape.block == "sequential"
+        return makes_sense and all(site in run.sites for site in self.sites)
+
+    def n_layers(self, run: Run) -> int:
+        """Return the number of layers, or of boundaries."""
+        return run.shape.n_layers + (self.axis == "boundary")
+
+
+SITE_RELATIONS: dict[str, SiteRelation] = {
+    relation.name: relation
+    for relation in (
+        SiteRelation("resid", "boundary", ("resid",)),
+        SiteRelation("resid_pre", "layer", ("resid",)),
+        SiteRelation("resid_mid", "layer", ("resid", "attn_out")),
+        SiteRelation("resid_post", "layer", ("resid",), shift=1),
+        SiteRelation("attn_out", "layer", ("attn_out",)),
+        SiteRelation("mlp_out", "layer", ("mlp_out",)),
+        SiteRelation("mlp_post", "layer", ("mlp_post",)),
+        SiteRelation("pattern", "layer", ("pattern",)),
+    )
+}
+"""The site relations of a run's schema, by name."""
+
+
+class SiteScan:
+    """The rows of one site relation of one run.
+
+    Parameters
+    ----------
+    run : Run
+        The snapshot that is read.
+    relation : SiteRelation
+        What is read of it.
+    labels : Labels
+        The run's labels, shared by all of its relations.
+    log : ReadLog, optional
+        Is told of every read of values.
+    """
+
+    def __init__(self, run: Run, relation: SiteRelation, labels: Labels, log: ReadLog | None = None) -> None:
+        self.run = run
+        self.relation = relation
+        self.labels = labels
+        self.log = log
+        self.site = SITES[relation.sites[0]]
+        self.is_pairs = self.site.rows == "pair"
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns: the places of the first dimensions, the labels of the row, the values."""
+        places = [(name, pa.int32()) for name in self._axes]
+        if self.is_pairs:
+            return pa.schema([*places, *PAIR_LABELS.items(), ("value", pa.float32())])
+        vector = pa.list_(pa.float32(), self.site.width(self.run.shape))
+        return pa.schema([*places, *TOKEN_LABELS.items(), ("chunk", pa.int32()), ("vec", vector)])
+
+    def batches(self, columns: Sequence[str], where: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+        """Yield the rows that pass the filter, partition by partition, layer by layer (see :data:`Scan`).
+
+        Reads the token table once; of the arrays, the chunks that hold the rows, if ``columns`` or the
+        filter names the values. Memory: one layer of one partition, in float32.
+        """
+        payload = self.schema.field(len(self.schema) - 1)
+        # A filter on the values themselves can only be applied after they are read.
+        is_late = where is not None and _mentions(where, payload.name, self.schema)
+        needs_values = is_late or payload.name in columns
+        names = tuple(columns) if where is None else tuple(self.schema.names)
+        places = self._possible_places(where)
+        for partition in self._possible_partitions(where):
+            labels = self._labels(partition, names)
+            for place in places:
+                rows = self._with_place(labels, place)
+                if where is not None and not is_late:
+                    rows = filtered(rows, where)
+                if not rows.num_rows:
+                    continue
+                if needs_values:
+                    values = self._values(partition, place, rows[_INDEX].to_numpy())
+                    rows = rows.append_column(payload, _column(values, payload.type))
+                if is_late:
+                    rows = filtered(rows, where)
+                yield from rows.select(columns).to_batches()
+
+    # -- which parts of the site ------------------------------------------------------------------
+
+    @cached_property
+    def _axes(self) -> tuple[str, ...]:
+        return (self.relation.axis, "head") if self.is_pairs else (self.relation.axis,)
+
+    def _possible_places(self, where: pc.Expression | None) -> list[tuple[int, ...]]:
+        """Return the layers, or (layer, head) pairs, whose rows may pass the filter."""
+        lengths = (self.relation.n_layers(self.run), self.site.width(self.run.shape))
+        kept = [
+            possible(where, self.schema, [pc.field(axis) == _int32(i) for i in range(length)])
+            for axis, length in zip(self._axes, lengths, strict=False)
+        ]
+        return list(itertools.product(*kept))
+
+    def _possible_partitions(self, where: pc.Expression | None) -> list[Partition]:
+        """Return the partitions that all of the relation's sites hold and whose rows may pass the filter."""
+        manifest = self.run.manifest
+        held = [
+            p for p in manifest.partitions if all(p.index in manifest.sites[s] for s in self.relation.sites)
+        ]
+        if where is None:
+            return held
+        return [held[i] for i in possible(where, self.schema, [self._guarantee(p) for p in held])]
+
+    def _guarantee(self, partition: Partition) -> pc.Expression:
+        """Return what is true of all rows of a partition."""
+        first, last = self.labels.documents_of(partition)
+        guarantee = (pc.field("document") >= first) & (pc.field("document") <= last)
+        if self.is_pairs:
+            return guarantee
+        start, stop = self.run.span(self.site.name, partition)
+        chunks = _int32(start // self._chunk_rows), _int32((stop - 1) // self._chunk_rows)
+        guarantee &= (pc.field("row") >= start) & (pc.field("row") < stop)
+        return guarantee & (pc.field("chunk") >= chunks[0]) & (pc.field("chunk") <= chunks[1])
+
+    # -- the rows' labels -------------------------------------------------------------------------
+
+    @cached_property
+    def _chunk_rows(self) -> int:
+        return self.run.manifest.geometry.chunk_rows[self.site.name]
+
+    def _labels(self, partition: Partition, names: Sequence[str]) -> pa.Table:
+        """Return those of a partition's labels that are asked for, and each row's place in the array."""
+        if self.is_pairs:
+            return self.labels.pairs(partition)
+        start, stop = self.run.span(self.site.name, partition)
+        labels = self.labels.tokens(start, stop, with_text="text" in names)
+        index = labels["row"].to_numpy()
+        if "chunk" in names:
+            labels = labels.append_column("chunk", pa.array((index // self._chunk_rows).astype(np.int32)))
+        return labels.append_column(_INDEX, pa.array(index))
+
+    def _with_place(self, labels: pa.Table, place: tuple[int, ...]) -> pa.Table:
+        """Add the columns ``layer`` or ``boundary``, and ``head``, which are constant in a batch."""
+        for axis, index in zip(self._axes, place, strict=True):
+            labels = labels.append_column(axis, pa.array(np.full(labels.num_rows, index, dtype=np.int32)))
+        return labels
+
+    # -- the values -------------------------------------------------------------------------------
+
+    @cached_property
+    def _arrays(self) -> dict[str, Any]:
+        return {site: self.run.array(site) for site in self.relation.sites}
+
+    def _values(
+        self, partition: Partition, place: tuple[int, ...], rows: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Return the values of some rows of a partition, in float32: ``[row, width]`` or ``[pair]``."""
+        first, *others = (self._read(site, partition, place, rows) for site in self.relation.sites)
+        return sum(others, start=first)
+
+    def _read(
+        self, site: str, partition: Partition, place: tuple[int, ...], rows: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Read the chunks that hold the rows (ascending); neighbouring chunks in one go."""
+        index = (place[0] + self.relation.shift, *place[1:])
+        chunks = rows // self.run.manifest.geometry.chunk_rows[site]
+        if self.log is not None:
+            head = place[1] if self.is_pairs else None
+            touched = tuple(np.unique(chunks).tolist())
+            self.log.reads.append(Read(self.run.run_id, site, index[0], head, partition.index, touched))
+        array = self._arrays[site]
+        values = np.empty((len(rows), *array.shape[len(index) + 1 :]), dtype=np.float32)
+        for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(chunks) > 1) + 1):
+            first, stop = int(rows[part[0]]), int(rows[part[-1]]) + 1
+            stored = decode(np.asarray(array[(*index, slice(first, stop))]), self.run.manifest.dtype)
+            values[part[0] : part[-1] + 1] = (
+                stored if len(part) == stop - first else stored[rows[part] - first]
+            )
+        return values
+
+
+_INDEX = "__index"
+"""The column of each row's place on the array's row axis; never part of a result."""
+
+
+def _int32(value: int) -> pa.Scalar:
+    return pa.scalar(value, pa.int32())
+
+
+def _column(values: npt.NDArray[np.float32], kind: pa.DataType) -> pa.Array:
+    """Return values as an Arrow column, without a copy: ``[row, width]`` as lists of fixed size."""
+    flat = pa.array(values.reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind) if values.ndim == 2 else flat
+
+
+def _mentions(where: pc.Expression, column: str, schema: pa.Schema) -> bool:
+    """Tell whether a filter names a column: without the column, it cannot be applied."""
+    others = pa.schema([field for field in schema if field.name != column])
+    try:
+        filtered(others.empty_table(), where)
+    except pa.ArrowInvalid:
+        return True
+    return False

@@ -1,0 +1,189 @@
+"""The main schema: runs, models, sites, findings, and one view for every analysis that has been done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..catalog.findings import StoredTable, newest_findings
+from ..catalog.lake import Lake
+from ..catalog.layout import itemsize
+from ..catalog.run import Run
+from ..catalog.shapes import ModelShape
+from ..catalog.sites import SITES
+from .dataset import LazyDataset, table_scan
+
+__all__ = ["ANALYSIS_OF_VIEW", "main_relations"]
+
+ANALYSIS_OF_VIEW = {
+    "lens": "lens",
+    "lens_tokens": "lens",
+    "cka": "cka",
+    "neurons": "neurons",
+    "neuron_counts": "neurons",
+    "attention_locality": "attention_locality",
+    "norms": "norms",
+    "norm_tokens": "norms",
+}
+"""Which analysis to run for a view that is not there yet."""
+
+_RUNS = pa.schema(
+    [
+        ("run", pa.string()),
+        ("model", pa.string()),
+        ("model_id", pa.string()),
+        ("dataset", pa.string()),
+        ("n_documents", pa.int64()),  # stored, cut ones included
+        ("n_cut", pa.int64()),
+        ("n_refused", pa.int64()),
+        ("n_tokens", pa.int64()),
+        ("sites", pa.list_(pa.string())),
+        ("dtype", pa.string()),
+        ("context", pa.int32()),
+        ("bos_token_id", pa.int32()),
+        ("created", pa.string()),  # UTC, ISO 8601: when the first capture was finished
+    ]
+)
+_SHAPE = pa.schema(
+    [
+        (
+            field.name,
+            {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}.get(str(field.type), pa.string()),
+        )
+        for field in fields(ModelShape)
+    ]
+)
+_MODELS = pa.schema(
+    [
+        ("model", pa.string()),
+        ("model_id", pa.string()),
+        ("location", pa.string()),  # the hub id or the local path
+        ("revision", pa.string()),
+        *_SHAPE,
+    ]
+)
+_SITES = pa.schema(
+    [
+        ("run", pa.string()),
+        ("site", pa.string()),
+        ("n_layers", pa.int32()),  # boundaries, for resid
+        ("width", pa.int32()),  # heads, for pattern
+        ("dtype", pa.string()),
+        ("n_tokens", pa.int64()),
+        ("n_partitions", pa.int32()),
+        ("chunk_rows", pa.int32()),
+        ("nbytes", pa.int64()),  # of the values, before compression
+    ]
+)
+_FINDINGS = pa.schema(
+    [
+        ("finding", pa.string()),
+        ("analysis", pa.string()),
+        ("view", pa.string()),
+        ("run", pa.string()),
+        ("version", pa.int32()),
+        ("params", pa.json_()),
+        ("n_rows", pa.int64()),
+        ("created", pa.string()),  # UTC, ISO 8601
+    ]
+)
+
+
+def main_relations(lake: Lake, runs: Sequence[Run]) -> dict[str, LazyDataset | pa.Table]:
+    """Return the relations of the main schema by name.
+
+    Reads the models' cards and the footers of all findings; the rows of a finding when a query scans it.
+
+    Parameters
+    ----------
+    lake : Lake
+        The lake.
+    runs : sequence of Run
+        Its runs, opened.
+    """
+    stored = lake.findings()
+    relations: dict[str, LazyDataset | pa.Table] = {
+        "runs": pa.Table.from_pylist([_run_row(run) for run in runs], _RUNS),
+        "models": pa.Table.from_pylist([card | card["shape"] for card in lake.models()], _MODELS),
+        "sites": pa.Table.from_pylist([row for run in runs for row in _site_rows(run)], _SITES),
+        "findings": pa.Table.from_pylist([_finding_row(table) for table in stored], _FINDINGS),
+    }
+    views: dict[str, list[StoredTable]] = {}
+    for table in newest_findings(stored):
+        views.setdefault(table.view, []).append(table)
+    for view, tables in views.items():
+        relations.setdefault(view, _view(lake, tables))
+    return relations
+
+
+def _run_row(run: Run) -> dict[str, object]:
+    manifest = run.manifest
+    return {
+        "run": run.run_id,
+        "model": manifest.model_name,
+        "model_id": manifest.model_id,
+        "dataset": manifest.dataset,
+        "n_documents": manifest.n_documents,
+        "n_cut": manifest.n_cut,
+        "n_refused": manifest.n_refused,
+        "n_tokens": manifest.n_tokens,
+        "sites": list(run.sites),
+        "dtype": manifest.dtype,
+        "context": manifest.geometry.context,
+        "bos_token_id": manifest.bos_token_id,
+        "created": next((capture.get("finished") for capture in manifest.captures), None),
+    }
+
+
+def _site_rows(run: Run) -> Iterator[dict[str, object]]:
+    manifest = run.manifest
+    for name in run.sites:
+        site = SITES[name]
+        held = [partition for partition in manifest.partitions if partition.index in manifest.sites[name]]
+        n_layers, width = site.n_layers(run.shape), site.width(run.shape)
+        n_rows = sum(p.n_pairs if site.rows == "pair" else p.n_rows for p in held)
+        yield {
+            "run": run.run_id,
+            "site": name,
+            "n_layers": n_layers,
+            "width": width,
+            "dtype": manifest.dtype,
+            "n_tokens": sum(partition.n_rows for partition in held),
+            "n_partitions": len(held),
+            "chunk_rows": manifest.geometry.chunk_rows[name],
+            "nbytes": n_layers * n_rows * width * itemsize(manifest.dtype),
+        }
+
+
+def _finding_row(table: StoredTable) -> dict[str, object]:
+    return {
+        "finding": table.finding,
+        "analysis": table.key.analysis,
+        "view": table.view,
+        "run": table.key.run,
+        "version": table.key.version,
+        "params": json.dumps(table.key.params, sort_keys=True),
+        "n_rows": table.n_rows,
+        "created": table.created,
+    }
+
+
+def _view(lake: Lake, stored: Sequence[StoredTable]) -> LazyDataset:
+    """Return the tables of one view as one; a column that an older finding lacks is NULL there."""
+    schemas = []
+    for table in stored:
+        with lake.store.open(table.path) as file:
+            schemas.append(pq.read_schema(file).remove_metadata())
+    whole = pa.unify_schemas(schemas, promote_options="permissive")
+
+    def tables() -> Iterator[pa.Table]:
+        for table in stored:
+            with lake.store.open(table.path) as file:
+                found = pq.read_table(file).replace_schema_metadata(None)
+            yield pa.concat_tables([whole.empty_table(), found], promote_options="permissive")
+
+    return LazyDataset(whole, table_scan(tables))

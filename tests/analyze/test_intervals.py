@@ -1,0 +1,45 @@
+"""Intervals against their definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from layerlake.analyze import intervals
+from layerlake.analyze.intervals import bootstrap_sums, jackknife_interval, percentile_interval, ratio
+
+
+def test_bootstrap_sums_are_sums_over_drawn_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(1).standard_normal((7, 3))
+    drawn = np.random.default_rng(0).integers(0, 7, (1000, 7))
+    expected = values[drawn].sum(axis=1)
+    np.testing.assert_allclose(bootstrap_sums(values), expected, atol=1e-12)
+    monkeypatch.setattr(intervals, "_BLOCK", 50)  # the same draws, a few resamples at a time
+    np.testing.assert_allclose(bootstrap_sums(values), expected, atol=1e-12)
+
+
+def test_bootstrap_covers_the_mean() -> None:
+    covered = []
+    for seed in range(60):
+        values = np.random.default_rng(seed).standard_normal((60, 1)) + 5
+        lo, hi = percentile_interval(bootstrap_sums(values) / 60, n_documents=60)
+        covered.append(lo[0] <= 5 <= hi[0])
+    assert np.mean(covered) > 0.85
+
+
+def test_one_document_has_no_interval() -> None:
+    lo, hi = percentile_interval(np.zeros((1000, 2)), n_documents=1)
+    assert np.isnan(lo).all()
+    assert np.isnan(hi).all()
+
+
+def test_jackknife_of_a_mean_is_students_t() -> None:
+    values = np.array([1.0, 2.0, 4.0, 7.0, 9.0])
+    without = (values.sum() - values) / 4
+    lo, hi = jackknife_interval(values.mean(), without)
+    half = 2.7764451052 * values.std(ddof=1) / np.sqrt(5)  # t, 4 degrees of freedom
+    np.testing.assert_allclose([lo, hi], [values.mean() - half, values.mean() + half])
+
+
+def test_ratio_has_nan_for_nothing() -> None:
+    np.testing.assert_array_equal(ratio([1.0, 1.0], [2.0, 0.0]), [0.5, np.nan])
