@@ -158,7 +158,7 @@ def attention_distance_chart(table: pa.Table, series: Sequence[Series]) -> alt.C
     shown = [item for item in series if any(row["run"] == item.run for row in rows)]
     columns = min(3, max(2, len(shown)))
     opacity = alt.Opacity(
-        "distance:N",
+        "distance:O",
         scale=alt.Scale(domain=list(DISTANCES), range=[0.3, 1]),
         legend=alt.Legend(
             title="previous tokens",
@@ -207,10 +207,10 @@ def norms_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
         point, name = layers.setdefault((row["run"], row["layer"]), row), row["component"]
         point[name], point[f"{name}_median"] = row["mean_norm"], row["median_norm"]
         point[f"{name}_lo"], point[f"{name}_hi"] = row["p10"], row["p90"]
-        point[f"{name}_relative"] = row["relative_norm"]
-    for point in layers.values():
-        attn, mlp = point.get("attn_out"), point.get("mlp_out")
-        point["ratio"] = None if attn is None or not mlp else attn / mlp
+        for end in ("", "_lo", "_hi"):
+            point[f"{name}_relative{end}"] = row.get(f"relative_norm{end}")
+            if name == "attn_out":
+                point[f"ratio{end}"] = row.get(f"attn_mlp_ratio{end}")
     panels = [
         *(
             Panel(name, f"norm of {name}", log=True, band="10–90 %", notes=((f"{name}_median", "median"),))

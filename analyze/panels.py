@@ -173,6 +173,8 @@ def _draw_panel(
     scale, y_axis = alt.Scale(zero=True), alt.Axis(tickCount=5)
     if panel.percent:
         y_axis = alt.Axis(tickCount=5, format="~%")
+        if not any(row.get(panel.field) for row in rows):  # nothing above 0: keep 0 at the bottom
+            scale = alt.Scale(domain=[0, 0.01])
     if panel.log:
         scale, y_axis = _log_axis([row[name] for row in rows for name in panel.values if row.get(name)])
 

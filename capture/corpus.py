@@ -147,7 +147,7 @@ def _open_hub(
 
 def _find_text_column(rows: Any, description: str, asked: str | None) -> str:
     try:
-        columns = rows.column_names or list(next(iter(rows), {}))  # a stream may know them from its first row only
+        columns = rows.column_names or list(next(iter(rows), {}))
     except Exception as error:
         raise CorpusError(f"The dataset '{description}' cannot be read: {error}") from error
     if not columns:

@@ -16,7 +16,14 @@ from .frozen import FrozenPlan
 from .model import OpenModel, open_model, vocab_table
 from .model_store import write_model
 from .partition import PlacedDocument, run_partition
-from .phases import begin_attempt, finalise_capture, init_capture, pending_work, write_ledger
+from .phases import (
+    begin_attempt,
+    finalise_capture,
+    init_capture,
+    pending_work,
+    release_committed,
+    write_ledger,
+)
 from .plan import CapturePlan, CaptureSpec, plan_capture
 from .selfcheck import check_model
 from .writer import write_partition
@@ -65,9 +72,10 @@ def capture_run(lake: str, spec: CaptureSpec, *, progress: Progress = _silent) -
 def execute_plan(plan: CapturePlan, lake: str, *, progress: Progress = _silent) -> Run:
     """Carry out a plan (see :func:`capture_run`); with nothing to do, only open the run."""
     frozen = plan.frozen
+    if plan.existing is not None:
+        release_committed(Store(lake), plan.run_id)
     if frozen is None:
-        assert plan.existing is not None
-        return Run(Store(lake), plan.existing)
+        return Run(Store(lake), plan.manifest)
     import torch
 
     torch.set_num_threads(frozen.n_threads)

@@ -48,9 +48,10 @@ class FrozenPlan:
 
     @property
     def capture_id(self) -> str:
-        """The digest of the run, the sites and the extents: never of time, chance or place."""
+        """The digest of the run, its geometry, the sites and the extents: never of time, chance or place."""
+        run = [self.manifest.run_id, self.manifest.number, self.manifest.geometry.to_json()]
         extents = [[w.index, list(w.sites), [list(b) for b in w.batches]] for w in self.work]
-        return digest_json([self.manifest.run_id, self.manifest.number, extents, self.n_threads])
+        return digest_json([*run, extents, self.n_threads])
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON object."""

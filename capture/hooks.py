@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ def hook_name(site: str, layer: int, shape: ModelShape) -> str:
 
 
 @contextmanager
-def listen(model: OpenModel, names: dict[str, Callable[[torch.Tensor], None]]) -> Iterator[None]:
+def listen(model: OpenModel, names: Mapping[str, Callable[[torch.Tensor], None]]) -> Iterator[None]:
     """Call a function with the value of each named hook point at every forward, until the block ends."""
     points = []
     try:

@@ -30,9 +30,19 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ModelDescription", "OpenModel", "describe_model", "open_model", "slug", "vocab_table"]
+__all__ = [
+    "ModelDescription",
+    "OpenModel",
+    "describe_model",
+    "open_model",
+    "require_compute_dtype",
+    "slug",
+    "vocab_table",
+]
 
 _PARALLEL_FAMILIES = {"phi", "gptj", "codegen", "cohere", "cohere2"}
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+_COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
 
 
@@ -116,10 +126,10 @@ def describe_model(
     if not isinstance(model, str):
         if tokenizer is None:
             raise ModelError("A loaded model needs its tokenizer.", hint="Pass tokenizer=….")
-        location, name, config = "", model.config._name_or_path or type(model).__name__, model.config
+        location, name, config = "", model.config.name_or_path or type(model).__name__, model.config
         digests = {"weights": _tensor_digest(model)}
         loaded: PreTrainedModel | None = model
-        if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        if not type(model).__name__.endswith(_CAUSAL):
             raise ModelError(f"{type(model).__name__} is not a causal language model.")
     else:
         loaded, location = None, model
@@ -146,10 +156,12 @@ def describe_model(
             raise ModelError(
                 f"'{model}' has no config that transformers reads: {_first_line(error)}"
             ) from error
-        if type(config) not in transformers.AutoModelForCausalLM._model_mapping and not hasattr(
-            config, "auto_map"
-        ):
-            raise ModelError(f"'{model}' is not a causal language model (its type is {config.model_type}).")
+        known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+        # BERT and its kin could be opened as causal models: what the weights were saved from decides.
+        saved_from = config.architectures or []
+        if not known or (saved_from and not any(name.endswith(_CAUSAL) for name in saved_from)):
+            what = ", ".join(saved_from) or config.model_type
+            raise ModelError(f"'{model}' is not a causal language model (it is {what}).")
     opened = _open_tokenizer(tokenizer if tokenizer is not None else location, revision, trust_remote_code)
     digests["config"] = digest_json(
         {
@@ -246,21 +258,29 @@ def _shape_of(config: Any) -> ModelShape:
     def first(*names: str, default: Any = None) -> Any:
         return next((v for n in names if (v := getattr(text, n, None)) is not None), default)
 
-    d_model, n_heads = text.hidden_size, text.num_attention_heads
+    def required(*names: str) -> Any:
+        found = first(*names)
+        if found is None:
+            raise ModelError(
+                f"The config of a {text.model_type} model has no {names[0]}: layerlake captures transformers only."
+            )
+        return found
+
+    d_model, n_heads = required("hidden_size"), required("num_attention_heads")
     rms_eps = first("rms_norm_eps")
     parallel = text.model_type in _PARALLEL_FAMILIES or bool(
         first("use_parallel_residual", "parallel_attn", default=False)
     )
     return ModelShape(
         family=text.model_type,
-        n_layers=text.num_hidden_layers,
+        n_layers=required("num_hidden_layers"),
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=first("num_key_value_heads", default=n_heads),
         d_head=first("head_dim", default=d_model // n_heads),
         d_mlp=first("intermediate_size", "n_inner", "ffn_dim", default=4 * d_model),
         n_vocab=text.vocab_size,
-        n_ctx=text.max_position_embeddings,
+        n_ctx=required("max_position_embeddings", "max_seq_len", "seq_length"),
         block="parallel" if parallel else "sequential",
         norm="rmsnorm" if rms_eps is not None else "layernorm",
         norm_eps=first("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", default=1e-5),
@@ -302,7 +322,7 @@ class OpenModel:
     @property
     def body(self) -> torch.nn.Module:
         """The model without its LM head: running it costs no unembedding."""
-        body: torch.nn.Module = self.bridge.original_model.base_model
+        body: torch.nn.Module = self.bridge.original_model.base_model  # type: ignore[assignment]
         return body
 
     def hook_point(self, name: str) -> Any:
@@ -323,6 +343,11 @@ class OpenModel:
 
     def weights(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         """Yield the weights that the analyses need, by the names of ``Run.weight``, raw, float32."""
+        if not all(hasattr(block.mlp, "out") for block in self.bridge.blocks):
+            raise AdapterMismatch(
+                f"TransformerLens finds no single output weight in the MLPs of this {self.shape.family} model: "
+                "mixtures of experts are not captured yet."
+            )
         unembed = _inner(self.bridge.unembed)
         final = _inner(self.bridge.ln_final)
         yield "W_U", _float32(unembed.weight).T
@@ -383,7 +408,8 @@ def open_model(
     Parameters
     ----------
     description : ModelDescription
-        What to open. A loaded model is used as it is: TransformerLens wraps its modules in place.
+        What to open. A loaded model stays as it is: its modules are copied, because TransformerLens
+        rewires them, and share its weights where device and dtype are the ones asked for.
     device : str
         ``auto`` is CUDA if there is one, else the CPU.
     compute_dtype : str
@@ -402,10 +428,9 @@ def open_model(
     except ImportError as error:
         raise MissingExtra("transformer_lens", "capture") from error
 
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    dtype = getattr(torch, compute_dtype, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ModelError(f"The model cannot run in '{compute_dtype}'.", hint="float32, bfloat16 or float16.")
+    require_compute_dtype(compute_dtype)
+    dtype: torch.dtype = getattr(torch, compute_dtype)
+    chosen = _choose_device(device)
     # The bridge wants a tokenizer, is never asked to tokenise, and changes the one it gets: give it a copy,
     # and one without BOS, because others are loaded anew by their name.
     spare = copy.deepcopy(description.tokenizer)
@@ -417,8 +442,7 @@ def open_model(
             # The bridge reads the config by name even when it is given the model.
             description.loaded.config.save_pretrained(folder)
             location = folder
-            options["hf_model"] = description.loaded.eval().to(device=chosen, dtype=dtype)
-            options["hf_model"].set_attn_implementation("eager")
+            options["hf_model"] = _own_copy(description.loaded, chosen, dtype)
         try:
             bridge = TransformerBridge.boot_transformers(
                 location,
@@ -433,6 +457,42 @@ def open_model(
     bridge.eval()
     shape = _checked_shape(bridge, description.shape)
     return OpenModel(bridge, shape, chosen)
+
+
+def require_compute_dtype(name: str) -> None:
+    """Raise ModelError unless a model can run in this dtype."""
+    if name not in _COMPUTE_DTYPES:
+        raise ModelError(
+            f"The model cannot run in '{name}'.",
+            hint=f"--compute-dtype is one of {', '.join(_COMPUTE_DTYPES)}.",
+        )
+
+
+def _choose_device(name: str) -> torch.device:
+    """Return the device of a name, with its number."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except Exception as error:
+        raise ModelError(
+            f"There is no device '{name}' here: {_first_line(error)}",
+            hint="--device auto, cpu, cuda or cuda:1.",
+        ) from error
+
+
+def _own_copy(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Copy a model's modules; its tensors are shared where they are on the device and, parameters, in the dtype."""
+    parameters = [p for p in model.parameters() if p.dtype == dtype or not p.is_floating_point()]
+    shared = {id(t): t for t in (*parameters, *model.buffers()) if t.device == device}
+    own: PreTrainedModel = copy.deepcopy(model, shared)
+    own.eval().to(device)
+    for parameter in own.parameters():  # buffers, such as rotary frequencies, keep their precision
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return own
 
 
 def _checked_shape(bridge: TransformerBridge, shape: ModelShape) -> ModelShape:

@@ -40,7 +40,7 @@ def run_partition(
     work: PartitionWork,
     documents: Mapping[int, PlacedDocument],
     *,
-    on_batch: Callable[[int], None] = lambda n_tokens: None,
+    on_batch: Callable[[int], None] = lambda _n_tokens: None,
 ) -> PartitionBuffer:
     """Forward every batch of a partition and return its values, ready to be written.
 
@@ -71,7 +71,7 @@ def run_partition(
         placed = [documents[number] for number in batch]
         observers = {
             hook_name(site, layer, model.shape): _store(
-                buffer, manifest, site, layer, work.index, batch, placed
+                buffer, manifest, work.index, site=site, layer=layer, batch=batch, placed=placed
             )
             for site in work.sites
             for layer in range(SITES[site].n_layers(model.shape))
@@ -86,9 +86,10 @@ def run_partition(
 def _store(
     buffer: PartitionBuffer,
     manifest: Manifest,
+    partition: int,
+    *,
     site: str,
     layer: int,
-    partition: int,
     batch: Sequence[int],
     placed: Sequence[PlacedDocument],
 ) -> Callable[[torch.Tensor], None]:

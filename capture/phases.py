@@ -18,7 +18,6 @@ from ..catalog.layout import part_path, run_path, wip_path
 from ..catalog.manifest import Manifest, commit_manifest, read_manifest
 from ..catalog.stores import Store
 from ..catalog.tables import OBJECTS, to_parquet
-
 from .frozen import FrozenPlan, PartitionWork
 from .writer import create_arrays
 
@@ -28,6 +27,7 @@ __all__ = [
     "init_capture",
     "pending_work",
     "read_open_capture",
+    "release_committed",
     "write_ledger",
 ]
 
@@ -36,13 +36,34 @@ def _open_path(run_id: str) -> str:
     return f"{run_path(run_id)}/wip/open.json"
 
 
+def _reserved_by(store: Store, run_id: str) -> str | None:
+    """Return the id of the capture that has reserved a run, or None."""
+    path = _open_path(run_id)
+    return str(store.read_json(path)["capture_id"]) if store.exists(path) else None
+
+
+def _find_committed(store: Store, run_id: str, capture_id: str) -> Manifest | None:
+    """Return the newest snapshot of a run if the capture is part of it."""
+    newest = read_manifest(store, run_id)
+    if newest is not None and any(entry["capture_id"] == capture_id for entry in newest.captures):
+        return newest
+    return None
+
+
 def read_open_capture(store: Store, run_id: str) -> FrozenPlan | None:
     """Return the frozen plan of the capture that is open on a run, or None."""
-    if not store.exists(_open_path(run_id)):
+    capture_id = _reserved_by(store, run_id)
+    if capture_id is None or _find_committed(store, run_id, capture_id):
         return None
-    capture_id = store.read_json(_open_path(run_id))["capture_id"]
     path = f"{wip_path(run_id, capture_id)}/plan.json"
     return FrozenPlan.from_json(store.read_json(path)) if store.exists(path) else None
+
+
+def release_committed(store: Store, run_id: str) -> None:
+    """Clean up after a capture that was committed, and interrupted before it had done so itself."""
+    capture_id = _reserved_by(store, run_id)
+    if capture_id is not None and _find_committed(store, run_id, capture_id):
+        _clean_up(store, run_id, capture_id)
 
 
 def init_capture(store: Store, plan: FrozenPlan, *, documents: pa.Table, tokens: pa.Table) -> None:
@@ -60,7 +81,7 @@ def init_capture(store: Store, plan: FrozenPlan, *, documents: pa.Table, tokens:
     Raises
     ------
     CaptureInProgress
-        Another capture of the run is open.
+        Another capture of the run is open, or was committed since this one was planned.
     """
     run_id, capture_id = plan.manifest.run_id, plan.capture_id
     try:
@@ -73,6 +94,13 @@ def init_capture(store: Store, plan: FrozenPlan, *, documents: pa.Table, tokens:
                 hint="Run its command again to finish it, or remove "
                 f"{store.url}/{wip_path(run_id, opened)} and {_open_path(run_id)} if it is abandoned.",
             ) from None
+    newest = read_manifest(store, run_id)
+    if newest is not None and newest.number != plan.manifest.number:
+        store.delete(_open_path(run_id))
+        raise CaptureInProgress(
+            f"Another capture of run {run_id} was committed since this one was planned.",
+            hint="Run the command again.",
+        )
     if plan.adds_documents:
         for name, table in (("documents", documents), ("tokens", tokens)):
             store.write(part_path(run_id, name, plan.part), to_parquet(table))
@@ -132,6 +160,15 @@ def finalise_capture(store: Store, plan: FrozenPlan, *, provenance: dict[str, An
         A partition has no ledger.
     """
     run_id, capture_id = plan.manifest.run_id, plan.capture_id
+    committed = _find_committed(store, run_id, capture_id)
+    if committed is None:
+        committed = _commit(store, plan, provenance)
+    _clean_up(store, run_id, capture_id)
+    return committed
+
+
+def _commit(store: Store, plan: FrozenPlan, provenance: dict[str, Any]) -> Manifest:
+    run_id, capture_id = plan.manifest.run_id, plan.capture_id
     missing = [work.index for work in pending_work(store, plan)]
     if missing:
         raise CorruptRun(f"Capture {capture_id} cannot be finalised: partitions {missing} are not written.")
@@ -150,18 +187,16 @@ def finalise_capture(store: Store, plan: FrozenPlan, *, provenance: dict[str, An
     parts = plan.manifest.parts | {name: (*plan.manifest.parts.get(name, ()), plan.part) for name in added}
     manifest = dataclasses.replace(plan.manifest, parts=parts, captures=(*plan.manifest.captures, entry))
     try:
-        committed = commit_manifest(store, manifest)
+        return commit_manifest(store, manifest)
     except FileExistsError:
         # Only one capture of a run is ever open, so the one who came first committed this same plan.
-        newest = read_manifest(store, run_id)
-        if newest is None or all(c["capture_id"] != capture_id for c in newest.captures):
+        committed = _find_committed(store, run_id, capture_id)
+        if committed is None:
             raise
-        committed = newest
-    clean_up(store, plan)
-    return committed
+        return committed
 
 
-def clean_up(store: Store, plan: FrozenPlan) -> None:
-    """Remove what a committed capture leaves behind: first its reservation, then its work in progress."""
-    store.delete(_open_path(plan.manifest.run_id))
-    store.delete(wip_path(plan.manifest.run_id, plan.capture_id))
+def _clean_up(store: Store, run_id: str, capture_id: str) -> None:
+    """Remove what a committed capture leaves behind; its reservation last, so that the rest can be found."""
+    store.delete(wip_path(run_id, capture_id))
+    store.delete(_open_path(run_id))

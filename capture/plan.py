@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from ..catalog.errors import CorpusError, PlanError
-from ..catalog.layout import Geometry, array_spec, itemsize, plan_geometry
 from ..catalog.lake import check_creatable
+from ..catalog.layout import Geometry, array_spec, itemsize, plan_geometry
 from ..catalog.manifest import Manifest, read_manifest
 from ..catalog.run import Run
 from ..catalog.sites import SITES, parse_sites
@@ -20,7 +20,7 @@ from ..catalog.stores import Store
 from ..catalog.tables import DOCUMENTS, TOKENS
 from .corpus import Corpus, encode_corpus, open_corpus, resolve_bos
 from .frozen import FrozenPlan, PartitionWork, digest_json
-from .model import ModelDescription, describe_model, slug
+from .model import ModelDescription, describe_model, require_compute_dtype, slug
 from .phases import read_open_capture
 from .placement import EncodedDocument, Placement, batch_documents, place_documents
 
@@ -99,20 +99,16 @@ class CapturePlan:
     spec: CaptureSpec
     model: ModelDescription
     run_id: str
+    manifest: Manifest
+    """The run as it will be."""
     existing: Manifest | None
+    """The run as it is; None where the capture begins it."""
     frozen: FrozenPlan | None
     documents: pa.Table
     """The document rows that the capture adds."""
     tokens: pa.Table
     """The token rows that the capture adds."""
     costs: tuple[SiteCost, ...]
-
-    @property
-    def manifest(self) -> Manifest:
-        """The run as it will be."""
-        manifest = self.frozen.manifest if self.frozen else self.existing
-        assert manifest is not None
-        return manifest
 
     @property
     def nbytes(self) -> int:
@@ -160,6 +156,7 @@ def plan_capture(spec: CaptureSpec, lake: str | None = None) -> CapturePlan:
     """
     sites = parse_sites(spec.sites)
     itemsize(spec.dtype)
+    require_compute_dtype(spec.compute_dtype)
     _require_positive(spec)
     store = Store(lake) if lake is not None else None
     if store is not None:
@@ -186,7 +183,7 @@ def plan_capture(spec: CaptureSpec, lake: str | None = None) -> CapturePlan:
 
     opened = read_open_capture(store, run_id) if store else None
     existing = read_manifest(store, run_id) if store else None
-    geometry = _geometry(spec, model, context, existing)
+    geometry = _geometry(spec, model, context, existing or (opened.manifest if opened else None))
     held = Run(store, existing) if store and existing else None
     encode = _encoder(spec, corpus, model, bos, context)
     placement = _place(encode, spec, geometry, held)
@@ -204,9 +201,17 @@ def plan_capture(spec: CaptureSpec, lake: str | None = None) -> CapturePlan:
     )
     manifest = _next_manifest(current, placement, sites)
     work = _work(spec, sites, held, placement)
-    frozen = FrozenPlan(manifest, work, placement.documents.num_rows > 0, n_threads) if work else None
+    adds_documents = placement.documents.num_rows > 0
     return CapturePlan(
-        spec, model, run_id, existing, frozen, placement.documents, placement.tokens, _costs(manifest, work)
+        spec=spec,
+        model=model,
+        run_id=run_id,
+        manifest=manifest if work else current,
+        existing=existing,
+        frozen=FrozenPlan(manifest, work, adds_documents, n_threads) if work else None,
+        documents=placement.documents,
+        tokens=placement.tokens,
+        costs=_costs(manifest, work),
     )
 
 
@@ -229,10 +234,9 @@ def _identity(
     }
 
 
-def _geometry(
-    spec: CaptureSpec, model: ModelDescription, context: int, existing: Manifest | None
-) -> Geometry:
-    if existing is None:
+def _geometry(spec: CaptureSpec, model: ModelDescription, context: int, begun: Manifest | None) -> Geometry:
+    """Take the geometry of the run's first capture, finished or open, or choose one."""
+    if begun is None:
         return plan_geometry(
             model.shape,
             context=context,
@@ -240,13 +244,13 @@ def _geometry(
             max_memory=parse_nbytes(spec.max_memory),
             partition_tokens=spec.partition_tokens,
         )
-    fixed = existing.geometry.partition_tokens
+    fixed = begun.geometry.partition_tokens
     if spec.partition_tokens not in (None, fixed):
         raise PlanError(
-            f"Run {existing.run_id} has partitions of {fixed} tokens, not {spec.partition_tokens}.",
+            f"Run {begun.run_id} has partitions of {fixed} tokens, not {spec.partition_tokens}.",
             hint="Leave --partition-tokens out: a run keeps the geometry of its first capture.",
         )
-    return existing.geometry
+    return begun.geometry
 
 
 def _encoder(

@@ -13,6 +13,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import WrapperStore
 
+from ..catalog.errors import CorruptRun
 from ..catalog.layout import activations_path, array_spec, shard_name
 from ..catalog.manifest import Manifest
 from ..catalog.sites import SITES
@@ -56,7 +57,14 @@ def create_arrays(store: Store, manifest: Manifest) -> None:
             SITES[name], manifest.shape, manifest.geometry, dtype=manifest.dtype, n_partitions=room
         )
         existing = group.get(name)
-        if existing is None:
+        fits = (
+            isinstance(existing, zarr.Array)
+            and existing.chunks == spec.chunks
+            and existing.shards == spec.shards
+        )
+        if existing is not None and not fits and manifest.number:
+            raise CorruptRun(f"Array {name} of run {manifest.run_id} is not cut as the run's manifest says.")
+        if not fits:  # there is none, or a first capture that was given up left one of another geometry
             group.create_array(
                 name,
                 shape=spec.shape,
@@ -67,6 +75,7 @@ def create_arrays(store: Store, manifest: Manifest) -> None:
                 compressors=(Crc32cCodec(),),
                 fill_value=0,
                 attributes={"dtype": manifest.dtype},
+                overwrite=True,
             )
         elif isinstance(existing, zarr.Array) and any(
             have < need for have, need in zip(existing.shape, spec.shape, strict=True)
@@ -88,17 +97,18 @@ def write_partition(
     partition : int
         The partition's index.
     arrays : mapping
-        site → the whole partition, as in :class:`PartitionBuffer`. Chunks of zeros are not written.
+        site → the whole partition, as in :class:`PartitionBuffer`. Chunks of zeros are not written, unless
+        the shard has no others.
     """
     recorder = _Recorder(store.zarr_store(activations_path(manifest.run_id), read_only=False))
-    group = zarr.open_group(recorder, mode="r+")
 
     def write(name: str, layer: int) -> dict[str, Any]:
-        site, array = SITES[name], group[name]
-        assert isinstance(array, zarr.Array)
+        site, array = SITES[name], zarr.open_array(recorder, path=name, mode="r+")
         rows = manifest.geometry.partition_rows(site)
         span = slice(partition * rows, (partition + 1) * rows)
         values = arrays[name][layer]
+        if not values.any():  # zarr writes no chunk of zeros, and a missing shard means a loss
+            array = array.with_config({"write_empty_chunks": True})
         if site.rows == "pair":
             array[layer, :, span] = values
         else:

@@ -237,7 +237,7 @@ class Run:
         return self._labelled("pattern")
 
     def attention(self, document: int, layer: int) -> xarray.DataArray:
-        """Return one document's attention weights in one layer: float32 ``(head, query, key)``, zero above the diagonal.
+        """Return one document's attention weights in one layer: float32 ``(head, query, key)``, 0 above the diagonal.
 
         Raises
         ------

@@ -90,7 +90,7 @@ def test_every_command_and_option_has_help() -> None:
         assert command.help, name
         for parameter in command.params:
             if isinstance(parameter, click.Option) and parameter.name != "help":
-                assert parameter.help or parameter.name in {"lake", "report", "output"}, (
+                assert parameter.help, (
                     name,
                     parameter.name,
                 )

@@ -126,8 +126,12 @@ _spec = _stack(
 
 
 @cli.command()
-@click.option("--lake", default="demo-lake", show_default=True, type=click.Path(path_type=Path))
-@click.option("--report", default="demo-report.html", show_default=True, type=click.Path(path_type=Path))
+@click.option(
+    "--lake", default="demo-lake", show_default=True, type=click.Path(path_type=Path), help="The lake."
+)
+@click.option(
+    "--report", default="demo-report.html", show_default=True, type=click.Path(path_type=Path), help="The report.",
+)  # fmt: skip
 @click.option("--max-tokens", default="16k", show_default=True, help="Tokens to capture of each model.")
 def demo(lake: Path, report: Path, max_tokens: str) -> None:
     """Capture the two models that ship with layerlake, analyse them, and write a report. Offline."""
@@ -228,8 +232,9 @@ def info(lake: str, runs: tuple[str, ...], as_json: bool) -> None:
 @_lake
 @click.argument("query")
 @click.option(
-    "--format", "kind", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True
-)
+    "--format", "kind", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True,
+    help="How to print the result.",
+)  # fmt: skip
 @click.option("--run", help="The run whose relations need no schema in front.")
 def sql(lake: str, query: str, kind: Literal["table", "csv", "json"], run: str | None) -> None:
     """Ask a lake in SQL, read-only. ``SHOW ALL TABLES`` lists the relations."""
@@ -335,6 +340,7 @@ def _analyze_all(lake: str, runs: tuple[str, ...], scheduler: str, as_json: bool
     default="report.html",
     show_default=True,
     type=click.Path(path_type=Path, dir_okay=False),
+    help="The HTML file.",
 )
 def report(lake: str, runs: tuple[str, ...], output: Path) -> None:
     """Write the findings as one self-contained HTML file."""

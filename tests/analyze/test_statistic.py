@@ -67,7 +67,9 @@ def test_values_that_are_not_finite_are_named(
 
 def test_tidy_table_has_run_first_and_null_for_nan() -> None:
     columns = {"scale": "own", "x": np.array([1.0, np.nan]), "reason": [None, "too few"]}
-    table = tidy_table("r", columns, {"scale": "own", "tokens": "20k", "seed": 0, "all": True, "threshold": 10.0})
+    table = tidy_table(
+        "r", columns, {"scale": "own", "tokens": "20k", "seed": 0, "all": True, "threshold": 10.0}
+    )
     assert table.column_names == ["run", "scale", "x", "reason", "tokens", "seed", "all", "threshold"]
     assert [field.type for field in table.schema] == [
         pa.string(), pa.string(), pa.float64(), pa.string(), pa.string(), pa.int64(), pa.bool_(), pa.float64(),

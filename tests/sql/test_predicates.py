@@ -40,9 +40,13 @@ def on(name: str, sql: str, test: Callable[[Any], bool]) -> Predicate:
     return sql, evaluate
 
 
-def comparison(name: str, sign: str, value: float) -> Predicate:
+def comparison(name: str, sign: str, value: int | float) -> Predicate:
     constant = f"{value}::FLOAT" if isinstance(value, float) else value
     return on(name, f"{name} {sign} {constant}", lambda x: COMPARISONS[sign](x, value))
+
+
+def comparison_with_word(sign: str, word: str) -> Predicate:
+    return on("text", f"text {sign} '{word}'", lambda x: COMPARISONS[sign](x, word))
 
 
 def difference(name: str, value: int) -> Predicate:
@@ -109,7 +113,11 @@ def predicates(ranges: dict[str, int], number: str, *, has_text: bool) -> st.Sea
         st.sampled_from("0123").map(suffix),
         st.just(is_null("text")),
     )
-    leaves = [st.sampled_from(sorted(ranges)).flatmap(on_integer), on_number, *([on_text] if has_text else [])]
+    leaves = [
+        st.sampled_from(sorted(ranges)).flatmap(on_integer),
+        on_number,
+        *([on_text] if has_text else []),
+    ]
     return st.recursive(
         st.one_of(leaves),
         lambda inner: st.one_of(
@@ -121,10 +129,60 @@ def predicates(ranges: dict[str, int], number: str, *, has_text: bool) -> st.Sea
     )
 
 
-def comparison_with_word(sign: str, word: str) -> Predicate:
-    return on("text", f"text {sign} '{word}'", lambda x: COMPARISONS[sign](x, word))
+VECTORS = 'SELECT * EXCLUDE (vec), vec[1] AS "vec[1]" FROM resid'
+PATTERN = "SELECT * FROM pattern"
 
 
-@pytest.fixture(scope="module")
-def connection(tmp_path_factory: pytest.TempPathFactory, build: Any) -> Iterator[duckdb.DuckDBPyConnection]:
-    raise NotImplementedError
+@pytest.fixture
+def lake_rows(make_run: Callable[..., Run]) -> Iterator[tuple[duckdb.DuckDBPyConnection, dict[str, Rows]]]:
+    """A run of several partitions, some of whose tokens have no text, and all of its rows (see test_scan)."""
+    run = make_run(dtype="float16", vocab=[f"t{i}" for i in range(18)])
+    with connect(Lake(run.store.url)) as connection:
+        rows = {}
+        for query in (VECTORS, PATTERN):
+            table = connection.sql(query).to_arrow_table()
+            rows[query] = {
+                name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names
+            }
+        yield connection, rows
+
+
+def assert_exact(
+    lake_rows: tuple[duckdb.DuckDBPyConnection, dict[str, Rows]], query: str, predicate: Predicate
+) -> None:
+    connection, rows = lake_rows[0], lake_rows[1][query]
+    mask, _ = predicate[1](rows)
+    expected = list(zip(*(column[mask] for column in rows.values()), strict=True))
+    found = connection.sql(f"{query} WHERE {predicate[0]}").fetchall()
+    assert sorted(found, key=repr) == sorted(expected, key=repr)
+
+
+by_hypothesis = settings(
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@by_hypothesis
+@given(
+    predicate=predicates(
+        {"boundary": 4, "row": 60, "document": 5, "position": 12, "token_id": 24, "chunk": 3},
+        "vec[1]",
+        has_text=True,
+    )
+)
+def test_any_predicate_on_vectors(
+    lake_rows: tuple[duckdb.DuckDBPyConnection, dict[str, Rows]], predicate: Predicate
+) -> None:
+    assert_exact(lake_rows, VECTORS, predicate)
+
+
+@by_hypothesis
+@given(
+    predicate=predicates(
+        {"layer": 3, "head": 2, "document": 5, "query": 12, "key": 12}, "value", has_text=False
+    )
+)
+def test_any_predicate_on_pattern(
+    lake_rows: tuple[duckdb.DuckDBPyConnection, dict[str, Rows]], predicate: Predicate
+) -> None:
+    assert_exact(lake_rows, PATTERN, predicate)

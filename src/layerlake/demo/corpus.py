@@ -48,7 +48,8 @@ def iter_excerpts(*, n_characters: int = 100, salt: str = "layerlake") -> Iterat
     Parameters
     ----------
     n_characters : int
-        The least length of an excerpt; it ends at the next line end.
+        An excerpt goes on to the first line end after so many characters; trailing white space is left off,
+        so that not every document ends in the same token.
     salt : str
         Another salt gives another order: excerpts are sorted by the salted hash of their name.
     """
@@ -60,7 +61,7 @@ def iter_excerpts(*, n_characters: int = 100, salt: str = "layerlake") -> Iterat
         while start + n_characters <= len(text):
             end = text.find("\n", start + n_characters)
             end = len(text) if end < 0 else end + 1
-            excerpts.append((f"{name}@{start}", text[start:end]))
+            excerpts.append((f"{name}@{start}", text[start:end].rstrip()))
             start = end
     excerpts.sort(key=lambda item: hashlib.sha256(f"{salt}:{item[0]}".encode()).digest())
     yield from excerpts

@@ -1,0 +1,241 @@
+"""Analyses by name: memoised, checked before work starts, over several runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+
+from layerlake.analyze import analyses, reduce
+from layerlake.analyze.analyses import ANALYSES, run_all, run_analysis
+from layerlake.analyze.lens import LensOptions
+from layerlake.analyze.norms import NormsOptions
+from layerlake.catalog.errors import AnalysisError, CorruptRun, RunNotFound, SiteNotFound
+from layerlake.catalog.findings import newest_findings
+from layerlake.catalog.lake import Lake, create_lake
+from layerlake.catalog.run import Run
+
+each = pytest.mark.parametrize("name", ANALYSES)
+
+
+@pytest.fixture
+def lake(make_run: Callable[..., Run]) -> Lake:
+    make_run(name="first")
+    return Lake(make_run(name="second", lengths=(8, 9), dtype="float16").store.url)
+
+
+@pytest.fixture
+def forbid_computing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, whatever is computed fails."""
+
+    def forbid() -> None:
+        def fail(*_: Any, **__: Any) -> Any:
+            raise AssertionError("computed")
+
+        for name, analysis in list(ANALYSES.items()):
+            monkeypatch.setitem(ANALYSES, name, dataclasses.replace(analysis, compute=fail))
+
+    return forbid
+
+
+@each
+def test_second_call_reads_the_first(lake: Lake, forbid_computing: Callable[[], None], name: str) -> None:
+    first = run_analysis(lake, name)
+    assert tuple(first.tables) == ANALYSES[name].views
+    assert first.runs == tuple(lake.run_ids)
+    assert set(first.table["run"].to_pylist()) == set(lake.run_ids)
+    forbid_computing()
+    again = run_analysis(lake, name, scheduler="synchronous", progress=True)
+    assert again.tables == first.tables
+    assert again.keys == first.keys
+    one = run_analysis(lake, name, runs=["sec"])
+    assert set(one.table["run"].to_pylist()) == {lake.run("sec").run_id}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lens", {"scale": "final"}),
+        ("lens", {"tokens": "9"}),
+        ("cka", {"batch": 5}),
+        ("neurons", {"threshold": 8.0}),
+        ("attention_locality", {"variant": "authors"}),
+        ("norms", {"tokens": "all"}),
+    ],
+)
+def test_another_option_is_another_finding(
+    lake: Lake, forbid_computing: Callable[[], None], name: str, options: dict[str, Any]
+) -> None:
+    run_analysis(lake, name)
+    changed = run_analysis(lake, name, options=options)
+    for option, value in options.items():
+        for table in changed.tables.values():
+            assert set(table[option].to_pylist()) == {value}
+    assert len(newest_findings(lake.findings(ANALYSES[name].views[0]))) == 4
+    forbid_computing()
+    run_analysis(lake, name)
+    run_analysis(lake, name, options=ANALYSES[name].options(**options))
+    with pytest.raises(AssertionError, match="computed"):
+        run_analysis(lake, "lens", options={"tokens": "11"})
+
+
+@pytest.mark.parametrize("name", [name for name, analysis in ANALYSES.items() if analysis.sites])
+def test_a_longer_extent_is_computed_anew(
+    lake: Lake, forbid_computing: Callable[[], None], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    short = run_analysis(lake, name, runs=["first"])
+    extent = Run.extent
+    monkeypatch.setattr(
+        Run, "extent", lambda self, site: {**extent(self, site), "n_tokens": 100_000}
+    )  # as after an extension
+    long = run_analysis(lake, name, runs=["first"])
+    assert long.keys != short.keys
+    newest = newest_findings(lake.findings(ANALYSES[name].views[0]))
+    assert [table.finding for table in newest] == [long.keys[0].digest]
+    monkeypatch.setattr(Run, "extent", lambda self, site: {**extent(self, site), "n_tokens": 200_000})
+    forbid_computing()
+    with pytest.raises(AssertionError, match="computed"):
+        run_analysis(lake, name, runs=["first"])
+
+
+def test_same_option_written_otherwise_is_the_same_finding(
+    lake: Lake, forbid_computing: Callable[[], None]
+) -> None:
+    run_analysis(lake, "lens", options={"tokens": "20000"})
+    forbid_computing()
+    run_analysis(lake, "lens", options=LensOptions(tokens="20k"))
+
+
+def test_a_killed_analysis_leaves_nothing(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reduce, "_merge", die)
+    with pytest.raises(KeyboardInterrupt):
+        run_analysis(lake, "attention_locality", scheduler="synchronous")
+    assert lake.findings() == []
+
+
+def test_missing_site_is_said_before_work_starts(
+    make_run: Callable[..., Run], forbid_computing: Callable[[], None]
+) -> None:
+    make_run(name="first")
+    lake = Lake(make_run(name="second", sites=("resid",)).store.url)
+    forbid_computing()
+    with pytest.raises(SiteNotFound, match="'pattern' not at all") as error:
+        run_analysis(lake, "attention_locality")
+    assert "--sites pattern" in error.value.hint
+
+
+def test_run_all_skips_what_a_run_cannot_answer(make_run: Callable[..., Run]) -> None:
+    first = make_run(name="first")
+    second = make_run(name="second", sites=("resid",), lengths=(2, 2, 1))
+    lake = Lake(second.store.url)
+    findings, skipped = run_all(lake)
+    assert [finding.analysis for finding in findings] == list(ANALYSES)
+    assert {finding.analysis: finding.runs for finding in findings} == {
+        "lens": (first.run_id,),
+        "cka": (first.run_id, second.run_id),
+        "neurons": (first.run_id, second.run_id),
+        "attention_locality": (first.run_id,),
+        "norms": (first.run_id,),
+    }
+    assert {(skip.run, skip.analysis) for skip in skipped} == {
+        (second.run_id, "lens"), (second.run_id, "attention_locality"), (second.run_id, "norms"),
+    }  # fmt: skip
+    reasons = {skip.analysis: skip.reason for skip in skipped}
+    assert "no document is longer than 2 tokens" in reasons["lens"]
+    assert "--sites pattern" in reasons["attention_locality"]
+
+
+def test_run_all_raises_other_errors(lake: Lake) -> None:
+    model = lake.run("first").manifest.model_id
+    lake.store.delete(f"models/{model}/weights.zarr/W_U")
+    with pytest.raises(CorruptRun, match="W_U"):
+        run_all(lake)
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "layer"),
+    [
+        ("lens", "resid", 1),
+        ("cka", "resid", 2),
+        ("norms", "mlp_out", 1),
+        ("attention_locality", "pattern", 0),
+    ],
+)
+def test_values_that_are_not_finite_are_never_averaged(
+    make_run: Callable[..., Run], name: str, site: str, layer: int
+) -> None:
+    clean = make_run(url=None, name="clean", lengths=(20, 9), context=24, partition_tokens=32)
+    values = np.concatenate(
+        [np.stack([clean.read(site, i, p) for i in range(clean.array(site).shape[0])])
+         for p in clean.manifest.partitions],
+        axis=-1 if site == "pattern" else 1,
+    )  # fmt: skip
+    if site == "pattern":
+        values[layer, 1, 50] = np.nan
+    else:
+        values[layer, [5, 19], 3] = np.nan
+    run = make_run(name="bad", lengths=(20, 9), context=24, partition_tokens=32, values={site: values})
+    lake = Lake(run.store.url)
+    with pytest.raises(
+        AnalysisError, match=rf"Run bad-\w+ holds \d values .* of site '{site}', layer {layer}"
+    ):
+        run_analysis(lake, name, runs=["bad"])
+    assert [skip.analysis for skip in run_all(lake, runs=["bad"])[1] if skip.analysis == name] == [name]
+    assert {finding.view for finding in lake.findings()}.isdisjoint(ANALYSES[name].views)
+
+
+def test_unknown_names_and_options_are_corrected(lake: Lake) -> None:
+    with pytest.raises(AnalysisError, match="no analysis 'norm'. Did you mean 'norms'"):
+        run_analysis(lake, "norm")
+    with pytest.raises(AnalysisError, match="no option 'scales'. Did you mean 'scale'"):
+        run_analysis(lake, "lens", options={"scales": "own"})
+    with pytest.raises(AnalysisError, match="cannot be 'finl'. Did you mean 'final'"):
+        run_analysis(lake, "lens", options={"scale": "finl"})
+    with pytest.raises(AnalysisError, match="int"):
+        run_analysis(lake, "cka", options={"batch": "128"})
+    with pytest.raises(AnalysisError, match="NormsOptions are not the options of 'lens'"):
+        run_analysis(lake, "lens", options=NormsOptions())
+    for call in (
+        lambda: run_analysis(lake, "lens", scheduler="tread"),
+        lambda: run_all(lake, scheduler="tread"),
+    ):
+        with pytest.raises(AnalysisError, match="no scheduler 'tread'"):
+            call()
+    assert run_analysis(lake, "neurons", options={"threshold": 8}).table["threshold"].to_pylist()[0] == 8.0
+
+
+def test_a_lake_without_runs_says_so(tmp_path: Path) -> None:
+    create_lake(tmp_path / "empty")
+    with pytest.raises(RunNotFound, match="has no runs"):
+        run_analysis(Lake(tmp_path / "empty"), "lens")
+    with pytest.raises(RunNotFound, match="has no runs"):
+        run_all(Lake(tmp_path / "empty"))
+
+
+@each
+def test_options_can_be_made_into_a_command_line(name: str) -> None:
+    kind = ANALYSES[name].options
+    assert kind() == kind()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(kind(), dataclasses.fields(kind)[0].name, 1)
+    types = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        annotation = types[field.name]
+        assert annotation in {int, float, str, bool} or get_origin(annotation) is Literal
+        assert all(isinstance(choice, str) for choice in get_args(annotation))
+        assert field.default is not dataclasses.MISSING
+        assert field.metadata["help"].endswith(".")
+
+
+@each
+def test_views_belong_to_one_analysis(name: str) -> None:
+    others = {view for other in ANALYSES.values() if other.name != name for view in other.views}
+    assert others.isdisjoint(ANALYSES[name].views)
+    assert analyses.ANALYSES[name].summary

@@ -1,0 +1,147 @@
+"""Attention locality against dense patterns; EXPERIMENTS §6, vector 6."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerlake.analyze.attention import (
+    MAX_DISTANCE,
+    AttentionOptions,
+    band_counts,
+    band_sums,
+    compute_attention,
+    uniform_sums,
+)
+from layerlake.catalog.run import Run
+from layerlake.catalog.shapes import ModelShape
+
+Array = npt.NDArray[Any]
+
+
+def uniform_pattern(n: int) -> Array:
+    return np.tril(np.ones((n, n))) / np.arange(1, n + 1)[:, None]
+
+
+def by_dense(pattern: Array, first: int) -> tuple[Array, Array]:
+    """Sums and counts over queries t ≥ max(first, k) of one [query, key] pattern; BOS last."""
+    n = len(pattern)
+    sums, counts = np.zeros(MAX_DISTANCE + 2), np.zeros(MAX_DISTANCE + 2)
+    for k in range(MAX_DISTANCE + 1):
+        queries = range(max(first, k), n)
+        sums[k], counts[k] = sum(pattern[t, t - k] for t in queries), len(queries)
+    queries = range(max(first, 1), n)
+    sums[-1], counts[-1] = sum(pattern[t, 0] for t in queries), len(queries)
+    return sums, counts
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 9))
+def test_band_sums_equal_dense_sums(lengths: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    dense = [rng.random((2, n, n)) for n in lengths]
+    packed = np.concatenate([p[:, *np.tril_indices(p.shape[1])] for p in dense], axis=1)
+    n = np.array(lengths)
+    starts = np.cumsum(n * (n + 1) // 2) - n * (n + 1) // 2
+    sums, counts = band_sums(packed, n, starts), band_counts(n)
+    for document, pattern in enumerate(dense):
+        for query_set, first in enumerate((0, 17)):
+            for head in range(2):
+                expected, expected_counts = by_dense(pattern[head], first)
+                np.testing.assert_allclose(sums[document, query_set, head], expected, atol=1e-12)
+                np.testing.assert_array_equal(counts[document, query_set], expected_counts)
+
+
+def test_uniform_attention_has_the_uniform_sums() -> None:
+    lengths = np.array([1, 18, 33])
+    packed = np.concatenate([uniform_pattern(n)[np.tril_indices(n)] for n in lengths])[None]
+    starts = np.cumsum(lengths * (lengths + 1) // 2) - lengths * (lengths + 1) // 2
+    sums, expected = band_sums(packed, lengths, starts)[:, :, 0], uniform_sums(lengths)
+    np.testing.assert_allclose(sums, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_locality_equals_one_shot_numpy(make_run: Callable[..., Run], shape: ModelShape, dtype: str) -> None:
+    lengths = (20, 5, 31, 18, 17, 40)
+    run = make_run(shape=shape, dtype=dtype, lengths=lengths, context=40, partition_tokens=64)
+    assert len(run.manifest.partitions) > 2
+    rows = compute_attention(run, AttentionOptions())["attention_locality"].to_pylist()
+    assert len(rows) == 2 * (MAX_DISTANCE + 1)
+    for layer in range(2):
+        patterns = [run.attention(document, layer).to_numpy().astype(np.float64) for document in range(6)]
+        sums, counts = map(np.array, zip(*(by_dense(p.mean(axis=0), 17) for p in patterns), strict=True))
+        mean = sums.sum(axis=0) / counts.sum(axis=0)
+        cumulative = np.concatenate([[0], np.cumsum(mean[1:-1])])
+        used = counts[:, 0] > 0
+        drawn = np.random.default_rng(0).integers(0, used.sum(), (1000, used.sum()))
+        replicates = sums[used][drawn].sum(axis=1) / counts[used][drawn].sum(axis=1)
+        lo, hi = np.percentile(replicates, [2.5, 97.5], axis=0)
+        uniform = np.mean([1 / (t + 1) for n in lengths for t in range(17, n)])
+        for row in (row for row in rows if row["layer"] == layer):
+            k = row["distance"]
+            assert row["mean_weight"] == pytest.approx(mean[k], abs=1e-12)
+            assert row["cumulative_weight"] == pytest.approx(cumulative[k], abs=1e-12)
+            assert row["bos_weight"] == pytest.approx(mean[-1], abs=1e-12)
+            assert [row["mean_weight_lo"], row["mean_weight_hi"]] == pytest.approx([lo[k], hi[k]], abs=1e-12)
+            assert row["bos_weight_lo"] == pytest.approx(lo[-1], abs=1e-12)
+            assert row["uniform_mean_weight"] == pytest.approx(uniform, abs=1e-12)
+            assert row["uniform_weight"] == pytest.approx(k * uniform, abs=1e-12)
+            assert (row["n_queries"], row["n_documents"], row["reason"]) == (sum(counts[:, 0]), 4, None)
+            if k:
+                assert row["per_distance_weight"] == pytest.approx(cumulative[k] / k, abs=1e-12)
+
+
+def test_authors_pool_within_documents_and_weigh_them_equally(
+    make_run: Callable[..., Run], shape: ModelShape
+) -> None:
+    lengths = (20, 7, 31, 24)
+    run = make_run(shape=shape, lengths=lengths, context=32, partition_tokens=64)
+    rows = compute_attention(run, AttentionOptions(variant="authors"))["attention_locality"].to_pylist()
+    patterns = [run.attention(document, 1).to_numpy().astype(np.float64) for document in range(4)]
+    pooled = [
+        np.mean([p[h, t, t - k] for k in range(1, 6) for t in range(k, p.shape[1]) for h in range(2)])
+        for p in patterns
+    ]
+    row = next(row for row in rows if row["layer"] == 1 and row["distance"] == 5)
+    assert row["per_distance_weight"] == pytest.approx(np.mean(pooled), abs=1e-12)
+    assert row["n_queries"] == sum(n - 5 for n in lengths)
+    assert row["variant"] == "authors"
+
+
+def test_uniform_attention_is_the_baseline(make_run: Callable[..., Run], shape: ModelShape) -> None:
+    lengths = (20, 30)
+    packed = np.concatenate([uniform_pattern(n)[np.tril_indices(n)] for n in lengths])
+    values = np.broadcast_to(packed, (2, 2, len(packed))).astype(np.float32)
+    run = make_run(shape=shape, lengths=lengths, context=32, partition_tokens=64, values={"pattern": values})
+    for row in compute_attention(run, AttentionOptions())["attention_locality"].to_pylist():
+        assert row["cumulative_weight"] == pytest.approx(row["uniform_weight"], abs=1e-6)
+        assert row["mean_weight"] == pytest.approx(row["uniform_mean_weight"], abs=1e-7)
+
+
+def test_short_documents_are_null_and_say_why(make_run: Callable[..., Run]) -> None:
+    rows = compute_attention(make_run(), AttentionOptions())["attention_locality"].to_pylist()
+    assert len(rows) == 2 * 17
+    for row in rows:
+        assert (
+            row["mean_weight"]
+            is row["cumulative_weight"]
+            is row["bos_weight_lo"]
+            is row["uniform_weight"]
+            is None
+        )
+        assert row["n_queries"] == row["n_documents"] == 0
+        assert row["reason"] == "no document has a query that counts: the longest has 12 tokens"
+
+
+def test_one_document_that_is_long_enough(make_run: Callable[..., Run]) -> None:
+    run = make_run(lengths=(5, 20), context=24, partition_tokens=24)
+    row = compute_attention(run, AttentionOptions())["attention_locality"].to_pylist()[3]
+    assert row["mean_weight"] is not None
+    assert row["mean_weight_lo"] is None
+    assert row["reason"] == "no interval: too few documents have a query that counts"
