@@ -1,4 +1,7 @@
-"""Attention locality: how much attention goes to the previous few tokens, and to BOS (EXPERIMENTS E7, E8)."""
+"""Attention locality: how much attention goes to the previous few tokens, and to BOS.
+
+After arXiv 2406.19384, Figures 1 and 6a, and Figure 4 of its first version.
+"""
 
 from __future__ import annotations
 
@@ -191,9 +194,8 @@ class AttentionStatistic(Statistic[AttentionBlock]):
         lengths = self.lengths[order]
         query_set = 0 if authors else 1
         used = lengths > (1 if authors else _FIRST_QUERY)
-        sums = (
-            state.values.reshape(self.n_layers, len(lengths), 2, _N_SUMS)[:, used, query_set] / self.n_heads
-        )
+        by_layer = state.values.reshape(self.n_layers, len(lengths), 2, _N_SUMS)
+        sums = by_layer[:, used, query_set] / self.n_heads
         counts = band_counts(lengths[used])[:, query_set].astype(np.float64)
         uniform = uniform_sums(lengths[used])[:, query_set]
         layers = [self._layer(s, counts, uniform) for s in sums]
@@ -212,53 +214,54 @@ class AttentionStatistic(Statistic[AttentionBlock]):
 
     def _reason(self, n_queries: int, lo: float) -> str | None:
         if not n_queries:
-            return (
-                f"no document has a query that counts: the longest has {max(self.lengths, default=0)} tokens"
-            )
+            longest = max(self.lengths, default=0)
+            return f"no document has a query that counts: the longest has {longest} tokens"
         return "no interval: too few documents have a query that counts" if np.isnan(lo) else None
 
     def _layer(self, sums: Doubles, counts: Doubles, uniform: Doubles) -> dict[str, Doubles]:
         """Return the columns of one layer, ``[distance]`` each, from ``[document, sum]``."""
         n_documents = len(sums)
         # the authors pool the entries at distances 1 … k within a document, then weigh documents equally
-        pooled_counts = np.cumsum(counts[:, 1:-1], axis=1)
-        pooled = ratio(np.cumsum(sums[:, 1:-1], axis=1), pooled_counts)
+        pooled = ratio(np.cumsum(_previous(sums), axis=1), np.cumsum(_previous(counts), axis=1))
         columns = np.concatenate([sums, counts, np.nan_to_num(pooled), np.isfinite(pooled)], axis=1)
-        parts = np.cumsum([_N_SUMS, _N_SUMS, MAX_DISTANCE])
+        parts = np.cumsum([_N_SUMS, _N_SUMS, MAX_DISTANCE + 1])
 
-        def shown(totals: Doubles) -> dict[str, Doubles]:
-            """Return the means that a sum over documents ``[…, column]`` amounts to."""
+        def means(totals: Doubles) -> dict[str, Doubles]:
+            """Return the means that sums over documents ``[…, column]`` amount to."""
             weight, count, in_documents, n_pooled = np.split(totals, parts, axis=-1)
             mean = ratio(weight, count)
-            cumulative = np.cumsum(mean[..., 1:-1], axis=-1)
+            cumulative = np.cumsum(_previous(mean), axis=-1)
             if self.options.variant == "authors":
-                each = ratio(in_documents, n_pooled)
+                per_distance = ratio(in_documents, n_pooled)
             else:
-                each = cumulative / np.arange(1, MAX_DISTANCE + 1)
-            nothing = np.zeros_like(mean[..., :1]) * mean[..., :1]  # 0 at distance 0, NaN without queries
+                per_distance = ratio(cumulative, np.arange(MAX_DISTANCE + 1))
             return {
                 "mean_weight": mean[..., :-1],
-                "cumulative_weight": np.concatenate([nothing, cumulative], axis=-1),
-                "per_distance_weight": np.concatenate([np.full_like(nothing, np.nan), each], axis=-1),
+                "cumulative_weight": cumulative,
+                "per_distance_weight": per_distance,
                 "bos_weight": np.repeat(mean[..., -1:], MAX_DISTANCE + 1, axis=-1),
             }
 
-        with_intervals: dict[str, Doubles] = {}
-        replicates = shown(bootstrap_sums(columns)) if n_documents else {}
-        for name, value in shown(columns.sum(axis=0)).items():
-            with_intervals[name] = value
+        shown: dict[str, Doubles] = {}
+        replicates = means(bootstrap_sums(columns)) if n_documents else {}
+        for name, value in means(columns.sum(axis=0)).items():
             lo, hi = percentile_interval(replicates.get(name, value[None]), n_documents=n_documents)
-            with_intervals[f"{name}_lo"], with_intervals[f"{name}_hi"] = lo, hi
-        mean = ratio(uniform.sum(axis=0), counts.sum(axis=0))[:-1]
-        with_intervals["uniform_weight"] = np.concatenate([mean[:1] * 0, np.cumsum(mean[1:])])
-        with_intervals["uniform_mean_weight"] = mean
-        return with_intervals
+            shown |= {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
+        expected = ratio(uniform.sum(axis=0), counts.sum(axis=0))
+        shown["uniform_weight"] = np.cumsum(_previous(expected))
+        shown["uniform_mean_weight"] = expected[:-1]
+        return shown
+
+
+def _previous(values: Doubles) -> Doubles:
+    """Return ``[…, sum]`` without BOS, and 0 for the query itself, which is no previous token."""
+    return np.asarray(values[..., :-1] * (np.arange(MAX_DISTANCE + 1) > 0))
 
 
 def compute_attention(
     run: Run, options: AttentionOptions, *, scheduler: str = "threads", progress: bool = False
 ) -> dict[str, pa.Table]:
-    """Compute ``attention_locality`` of one run (columns in ARCHITECTURE §2).
+    """Compute ``attention_locality`` of one run (columns in docs/analyses.md).
 
     ``mean_weight`` is the mean over heads and queries at exactly that distance, ``cumulative_weight`` its
     sum over the distances 1 … ``distance`` and ``uniform_weight`` what uniform attention would give for it

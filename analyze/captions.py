@@ -1,7 +1,7 @@
 """Captions: which figures the report shows of each analysis, and what it says about them.
 
 Figures of the paper are those of "The Remarkable Robustness of LLMs: Stages of Inference?", arXiv 2406.19384
-(v3 unless v1 is named); what the sources leave open, and what was chosen here, is in ``EXPERIMENTS.md``.
+(v3 unless v1 is named); what the sources leave open, and what was chosen here, is in ``docs/analyses.md``.
 """
 
 from __future__ import annotations
@@ -38,18 +38,28 @@ class Figure:
 
     def say_computed(self, params: Mapping[str, Any]) -> str:
         """Return how it is computed with these parameters."""
-        words = {name: self.choices.get(name, {}).get(value, str(value)) for name, value in params.items()}
+        words = {
+            name: self.choices.get(name, {}).get(
+                value, f"{value:g}" if isinstance(value, float) else str(value)
+            )
+            for name, value in params.items()
+        }
         return self.computed.format_map(defaultdict(str, words))
 
 
 TITLES = {
-    "lens": "When the prediction forms",
-    "cka": "Which layers share a representation",
-    "neurons": "Where neurons speak to the vocabulary",
-    "attention_locality": "How far back attention looks",
-    "norms": "How much each block adds",
+    "lens": ("Logit lens", "where the prediction forms"),
+    "cka": ("CKA", "which layers share a representation"),
+    "neurons": ("Neurons", "where they speak to the vocabulary"),
+    "attention_locality": ("Attention", "how far back it looks"),
+    "norms": ("Norms", "how much each block adds"),
 }
-"""What each analysis is about; the report's sections, in their order."""
+"""Name and subject of each analysis; the report's sections, in their order."""
+
+_QUERIES = {
+    "default": "over the queries from position 17 on, which have BOS farther behind them than any distance shown",
+    "authors": "over all queries that have as many tokens before them, as in the paper’s code",
+}
 
 FIGURES = (
     Figure(
@@ -58,23 +68,26 @@ FIGURES = (
         "Logit lens",
         charts.lens_chart,
         shows="Every boundary of the residual stream is read as if it were the last one: the final norm and the "
-        "unembedding are applied to x_i, from the embeddings (depth 0) to what the model itself unembeds (depth 1). "
+        "unembedding are applied to it, from the embeddings (depth 0) to what the model itself unembeds (depth 1). "
         "Top: the entropy of the distribution that comes out, and how far it is from the model’s own. "
         "Bottom: its loss on the token that follows, and how often its first choice is the model’s.",
         computed="Means over tokens of the evaluation mask (position 1 to the last but one of each document), spread "
         "evenly where not all are taken. {scale} Bands: 95 % intervals, bootstrap over documents.",
-        reading="At depth 1 the KL is 0 and the agreement 100 % by construction, and the loss is the model’s own. "
-        "A high plateau says that the layers below it work on something else than the next token; the fall after it "
-        "is where the prediction is made.",
+        reading="A plateau of high loss and KL says that the layers below it work on something else than the next "
+        "token; the fall after it is where the prediction is made. Low entropy alone is not knowledge: where the "
+        "unembedding is the embedding, depth 0 is sure of the very token that was read, and its loss is high.",
         source="Figures 7b, 8 and 21",
         choices={
             "scale": {
-                "own": "Each boundary is normed by its own statistics, biases included.",
-                "final": "Every boundary is divided by the scale of the final residual at the same position, which "
-                "presses early logits towards 0 and their entropy towards log2 of the vocabulary.",
-                "authors": "As the paper’s published code does: every boundary is divided by the scale of the final "
-                "residual, biases are left out, and the entropy clamps probabilities to 1e-9; early entropies are near "
-                "log2 of the vocabulary by construction, and depth 1 is not quite the model.",
+                "own": "Each boundary is normed by its own statistics, biases included; so depth 1 is the model, "
+                "with KL 0, agreement 100 % and the model’s own loss.",
+                "final": "Each boundary is divided by the scale of the final residual at the same position, biases "
+                "included. Depth 1 is the model itself; residuals shorter than the final one give smaller logits, "
+                "and an entropy nearer to log2 of the vocabulary, than their own scale would.",
+                "authors": "As in the paper’s published code, each boundary is divided by the scale of the final "
+                "residual at the same position, biases are left out, and the entropy clamps probabilities to 1e-9; so "
+                "depth 1 is not quite the model, and residuals shorter than the final one have an entropy nearer to "
+                "log2 of the vocabulary than their own scale would give them.",
             },
         },
     ),
@@ -122,15 +135,10 @@ FIGURES = (
         "position (BOS, where the model has one), where models park attention that they have no use for.",
         computed="Attention weights summed over distances 1 to 5, without the token itself; mean over heads and "
         "{variant}. Bands: 95 % intervals, bootstrap over documents.",
-        reading="Early layers that join neighbouring tokens lie far above the dashed line. In all models of the paper "
-        "the peak is in the first quarter of the depth. A fall on the left often is a rise on the right.",
+        reading="Early layers that join neighbouring tokens lie far above the dashed line. In the paper’s "
+        "models the peak is in the first quarter of the depth. What the first position takes is missing elsewhere.",
         source="Figure 1 (purple); Figure 4 of v1",
-        choices={
-            "variant": {
-                "default": "queries from position 17 on, which have BOS farther behind them than any distance shown",
-                "authors": "all queries that have as many tokens before them, as in the paper’s code",
-            },
-        },
+        choices={"variant": _QUERIES},
     ),
     Figure(
         "attention_locality",
@@ -139,10 +147,11 @@ FIGURES = (
         charts.attention_distance_chart,
         shows="As the left of the figure above, for other reaches: each line is the attention on that many previous "
         "tokens together.",
-        computed="Sums over distances 1 to k; the same heads and queries for all k.",
+        computed="Attention weights summed over distances 1 to k; mean over heads and {variant}.",
         reading="The gap between two lines is the attention on the tokens between the two distances. Lines that lie "
         "close together say that the nearest tokens have most of it.",
         source="Figure 6a",
+        choices={"variant": _QUERIES},
     ),
     Figure(
         "norms",
@@ -151,8 +160,10 @@ FIGURES = (
         charts.norms_chart,
         shows="Top: the length of the vectors that attention and MLP add, and of the residual stream that they are "
         "added to. Bottom: both relative to that stream, and attention relative to the MLP (the line marks equality).",
-        computed="Euclidean norms over the tokens of the evaluation mask, position 0 left out. Lines: means over "
-        "tokens; bands: 10th to 90th percentile. The ratios are ratios of means. Logarithmic axes.",
+        computed="Euclidean norms over the tokens of the evaluation mask, position 0 left out; "
+        "of models with LayerNorm after subtracting the mean over d_model, which the norm removes. Top: means over "
+        "tokens, and bands from the 10th to the 90th percentile. Bottom: ratios of the means, with 95 % intervals "
+        "(bootstrap over documents). Logarithmic axes.",
         reading="The stream grows with depth, so the same length matters less and less. The paper finds that MLP "
         "outputs grow and peak in the last layers, and that attention weighs most early.",
         source="Figures 12b and 22; Figures 5 and 7 of v1",

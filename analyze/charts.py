@@ -8,7 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .panels import WIDTH, Panel, Row, Series, concat, depth_axis, draw_lines, series_colors, table_rows
+from .panels import (
+    N_TICKS,
+    WIDTH,
+    Panel,
+    Row,
+    Series,
+    concat,
+    depth_axis,
+    draw_lines,
+    series_colors,
+    table_rows,
+    value_scale,
+)
 
 if TYPE_CHECKING:
     import altair as alt
@@ -178,7 +190,12 @@ def attention_distance_chart(table: pa.Table, series: Sequence[Series]) -> alt.C
             .mark_line(color=color, strokeWidth=2, point=alt.OverlayMarkDef(color=color, size=26))
             .encode(
                 x=depth_axis(),
-                y=alt.Y("cumulative_weight:Q", title="attention", axis=alt.Axis(tickCount=5)),
+                y=alt.Y(
+                    "cumulative_weight:Q",
+                    title="attention",
+                    scale=value_scale(),
+                    axis=alt.Axis(tickCount=N_TICKS),
+                ),
                 opacity=opacity,
                 tooltip=[
                     alt.Tooltip("layer:Q"),

@@ -1,4 +1,4 @@
-"""CKA between the boundaries of a run: unbiased, in minibatches (EXPERIMENTS E6)."""
+"""CKA between the boundaries of a run: unbiased, in minibatches (arXiv 2406.19384, Figures 5 and 14)."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def hsic_matrix(features: Sequence[npt.NDArray[Any]]) -> Doubles:
     """Return the unbiased HSIC₁ (linear kernel) between all pairs of representations of the same N tokens.
 
     Centred features and float64 Gram matrices: the estimator ignores a constant vector, but float32 Gram
-    matrices of features that are not centred do not (EXPERIMENTS E6). Formula: Song et al. 2012, eq. 5; used
+    matrices of features that are not centred do not. Formula: Song et al. 2012, eq. 5; used
     for CKA by Nguyen, Raghu and Kornblith 2020, eq. 3.
 
     Parameters
@@ -212,6 +212,6 @@ def normalised(hsic: Doubles) -> Doubles:
 def compute_cka(
     run: Run, options: CkaOptions, *, scheduler: str = "threads", progress: bool = False
 ) -> dict[str, pa.Table]:
-    """Compute ``cka`` of one run (columns in ARCHITECTURE §2): all pairs of the boundaries 0 … L."""
+    """Compute ``cka`` of one run (columns in docs/analyses.md): all pairs of the boundaries 0 … L."""
     statistic = CkaStatistic.open(run, options)
     return statistic.finalise(reduce_statistic(statistic, run, scheduler=scheduler, progress=progress))

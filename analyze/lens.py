@@ -1,4 +1,4 @@
-"""The logit lens: what each boundary of the residual stream would predict (EXPERIMENTS E11, E12).
+"""The logit lens: what each boundary of the residual stream would predict (arXiv 2406.19384, Figures 7b and 8).
 
 The lens reads x_i through the model's own last step, norm_f and W_U, at every boundary i = 0 … L. At
 i = L that is the model itself: KL 0, agreement 1, and the model's own entropy and loss.
@@ -172,7 +172,7 @@ class LensStatistic(Statistic[LensBlock]):
 def compute_lens(
     run: Run, options: LensOptions, *, scheduler: str = "threads", progress: bool = False
 ) -> dict[str, pa.Table]:
-    """Compute ``lens`` and ``lens_tokens`` of one run (columns in ARCHITECTURE §2).
+    """Compute ``lens`` and ``lens_tokens`` of one run (columns in docs/analyses.md).
 
     ``rank`` is the number of tokens that the lens holds likelier than the true next one: 0 is the top.
     """

@@ -1,4 +1,4 @@
-"""Prediction and suppression neurons, from the weights alone (EXPERIMENTS E13)."""
+"""Prediction and suppression neurons, from the weights alone (arXiv 2406.19384, §4.3)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NEURONS_VIEWS = ("neurons", "neuron_counts")
 CLASSES = ("prediction", "suppression", "other")
 
 _UNIT_NEURONS = 256
-_COLUMNS = 1024  # of the vocabulary at a time: their float64 powers stay in a core's cache
+_COLUMNS = 256  # of the vocabulary at a time: their float64 powers stay in a core's cache
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -56,7 +56,7 @@ class NeuronOptions:
 
 
 def unit_unembedding(unembed: Floats, gamma: Floats, *, layernorm: bool) -> Floats:
-    """Return W_U with the final norm folded in, centred, its columns scaled to length 1 (EXPERIMENTS §1.5).
+    """Return W_U with the final norm folded in, centred, its columns scaled to length 1.
 
     γ is folded in; for LayerNorm each column is centred over d_model, as a reader is; each row is centred
     over the vocabulary, padding included. A column of zeros stays one. Means and lengths are summed in
@@ -236,7 +236,7 @@ class NeuronStatistic(Statistic[tuple[int, Ints, Floats]]):
 def compute_neurons(
     run: Run, options: NeuronOptions, *, scheduler: str = "threads", progress: bool = False
 ) -> dict[str, pa.Table]:
-    """Compute ``neurons`` and ``neuron_counts`` of one run's model (columns in ARCHITECTURE §2).
+    """Compute ``neurons`` and ``neuron_counts`` of one run's model (columns in docs/analyses.md).
 
     The moments are those of the cosines over the unembedding's columns. ``density`` is the share of the
     layer's d_mlp neurons, ``density_percent`` the same in percent, as in the paper.

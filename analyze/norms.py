@@ -1,4 +1,7 @@
-"""How large the outputs of attention and MLP are, alone and beside the residual stream (EXPERIMENTS E16, E17)."""
+"""How large the outputs of attention and MLP are, alone and beside the residual stream.
+
+After arXiv 2406.19384, Figure 12b, and Figure 5 of its first version.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ class NormsStatistic(Statistic[NormsBlock]):
     partition_tokens: int
     n_layers: int
     centred: bool
-    """Whether the mean over d_model is subtracted: for LayerNorm, which never sees it (EXPERIMENTS §1.5)."""
+    """Whether the mean over d_model is subtracted: for LayerNorm, which never sees it."""
 
     @classmethod
     def open(cls, run: Run, options: NormsOptions) -> Self:
@@ -181,7 +184,7 @@ class NormsStatistic(Statistic[NormsBlock]):
 def compute_norms(
     run: Run, options: NormsOptions, *, scheduler: str = "threads", progress: bool = False
 ) -> dict[str, pa.Table]:
-    """Compute ``norms`` and ``norm_tokens`` of one run (columns in ARCHITECTURE §2).
+    """Compute ``norms`` and ``norm_tokens`` of one run (columns in docs/analyses.md).
 
     Norms are Euclidean, of single tokens of the evaluation mask. ``relative_norm`` is the mean norm divided
     by that of resid_pre in the same layer. ``attn_mlp_ratio`` (of the means) and ``median_attn_mlp_ratio``

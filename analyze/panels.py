@@ -1,7 +1,7 @@
 """Panels: what the charts have in common. A line a run against relative depth, and the look of all of them.
 
 Runs of different depth are laid over each other on *relative depth*: boundary i of a model with L layers
-stands at i/L, layer l in the middle of its block, at (l + 0.5)/L (EXPERIMENTS §1.6).
+stands at i/L, layer l in the middle of its block, at (l + 0.5)/L.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
+    "N_TICKS",
     "WIDTH",
     "Panel",
     "Row",
@@ -25,10 +26,14 @@ __all__ = [
     "draw_lines",
     "series_colors",
     "table_rows",
+    "value_scale",
 ]
 
 WIDTH = 1000
 """Pixels of a whole chart, axes included."""
+
+N_TICKS = 5
+"""Ticks of a y axis, more or less."""
 
 Row = dict[str, Any]
 """One row of a chart's data: JSON values only."""
@@ -170,9 +175,9 @@ def _draw_panel(
 
     lo, hi = f"{panel.field}_lo", f"{panel.field}_hi"
     has_band, has_baseline = lo in rows[0] and hi in rows[0], panel.baseline in rows[0]
-    scale, y_axis = alt.Scale(zero=True), alt.Axis(tickCount=5)
+    scale, y_axis = value_scale(), alt.Axis(tickCount=N_TICKS)
     if panel.percent:
-        y_axis = alt.Axis(tickCount=5, format="~%")
+        y_axis = alt.Axis(tickCount=N_TICKS, format="~%")
         if not any(row.get(panel.field) for row in rows):  # nothing above 0: keep 0 at the bottom
             scale = alt.Scale(domain=[0, 0.01])
     if panel.log:
@@ -247,6 +252,13 @@ def _identity(series: Sequence[Series]) -> dict[str, Any]:
         scale = alt.Scale(domain=labels, range=dashes)
         identity["strokeDash"] = alt.StrokeDash("model:N", scale=scale, legend=legend)
     return identity
+
+
+def value_scale() -> alt.Scale:
+    """Return the linear scale of the y axes: from 0 up to a round number."""
+    import altair as alt
+
+    return alt.Scale(zero=True, nice=N_TICKS)
 
 
 def depth_axis() -> alt.X:

@@ -29,11 +29,9 @@ MEASURES = (
 """What is known of each token at each boundary, in the order of :func:`compare_distributions`'s last axis."""
 
 CLAMP = 1e-9
-"""The authors raise every probability to at least this before they take the entropy (EXPERIMENTS E1, E11)."""
+"""The authors raise every probability to at least this before they take the entropy (their notebook ``entropy_calculation``)."""
 
-_COLUMNS = (
-    1024  # of the vocabulary at a time: five blocks of 256 tokens × 1024 columns stay in a core's cache
-)
+_COLUMNS = 1024  # of the vocabulary at a time: four blocks of 256 tokens stay in a core's cache
 _LOWEST = -1e30  # a maximum before anything was seen; finite, so that rescaling nothing gives nothing
 
 
@@ -41,7 +39,7 @@ _LOWEST = -1e30  # a maximum before anything was seen; finite, so that rescaling
 class Readout:
     """Final norm and unembedding, raw: γ and β are applied to the token, nothing is folded or centred.
 
-    (Folding and centring change logits by a constant for each token, hence no distribution: EXPERIMENTS §1.5.)
+    (Folding and centring change logits by a constant for each token, hence no distribution.)
     """
 
     norm: Literal["layernorm", "rmsnorm"]

@@ -118,6 +118,7 @@ def build_report(
         "separators": (",", ":"),
         "allow_nan": False,
     }
+    environment.filters["unbroken"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")
     template = environment.from_string(files(__package__).joinpath("report.html").read_text("utf-8"))
     script = _script()
     return template.render(
@@ -213,6 +214,8 @@ class _Group:
     """The figures that one analysis gives with one set of parameters."""
 
     params: str
+    heading: str
+    """The parameters that set it apart from the section's other groups; empty if it is the only one."""
     figures: list[_Drawn]
     commands: list[str]
     """The one that computes it, and those that show its numbers."""
@@ -228,8 +231,11 @@ class _Note:
 
 @dataclass(frozen=True, slots=True)
 class _Section:
+    """One analysis."""
+
     analysis: str
-    title: str
+    name: str
+    subject: str
     groups: list[_Group]
     notes: list[_Note]
 
@@ -237,24 +243,46 @@ class _Section:
 def _section(source: _Source, analysis: str) -> _Section:
     """Gather the figures of one analysis, and what is missing for them."""
     tables = [table for table in source.stored if table.key.analysis == analysis]
+    place = {item.run: i for i, item in enumerate(source.series)}
+    # Parameters nearest to the defaults first; within a group, runs in the order of their colours.
+    tables.sort(key=lambda table: (len(_changed_options(table.key)), place[table.key.run]))
     groups: dict[str, list[StoredTable]] = {}
-    for table in sorted(
-        tables, key=lambda table: (len(_changed_options(table.key)), params_text(table.key.params))
-    ):
+    for table in tables:
         groups.setdefault(params_text(table.key.params), []).append(table)
-    notes = []
+    sets = [group[0].key.params for group in groups.values()]
+    varied = [
+        name
+        for name in {name for params in sets for name in params}
+        if len({str(p.get(name)) for p in sets}) > 1
+    ]
+    drawn = [
+        _group(source, group, params_text({name: group[0].key.params.get(name) for name in varied}))
+        for group in groups.values()
+    ]
+    return _Section(analysis, *TITLES[analysis], drawn, list(_notes(source, analysis, tables)))
+
+
+def _notes(source: _Source, analysis: str, tables: Sequence[StoredTable]) -> Iterator[_Note]:
+    """Say for each run what it lacks of an analysis, and what it has outgrown."""
+    from .analyses import ANALYSES
+
     for run, item in zip(source.runs, source.series, strict=True):
-        command = _command("analyze", source.lake.url, analysis, runs=[run.run_id])
-        own = [table for table in tables if table.key.run == run.run_id]
-        if not own:
-            notes.append(_Note(f"{item.label} has not been analysed for this. To compute it:", command))
-        elif any(_is_outgrown(table.key, run) for table in own):
-            text = f"{item.label} has grown since this was computed. To bring it up to date:"
-            notes.append(_Note(text, command))
-    return _Section(analysis, TITLES[analysis], [_group(source, group) for group in groups.values()], notes)
+        keys = {table.key.digest: table.key for table in tables if table.key.run == run.run_id}
+        lacking = ",".join(site for site in ANALYSES[analysis].sites if site not in run.sites)
+        if not keys and lacking:
+            text = f"{item.label} lacks what this reads. Once it is captured (with --sites {lacking}):"
+            yield _Note(text, _command("analyze", source.lake.url, analysis, runs=[run.run_id]))
+        elif not keys:
+            text = f"{item.label} has not been analysed for this. To compute it:"
+            yield _Note(text, _command("analyze", source.lake.url, analysis, runs=[run.run_id]))
+        for key in keys.values():
+            if _is_outgrown(key, run):
+                text = f"{item.label} has grown since this was computed. To bring it up to date:"
+                options = _changed_options(key)
+                yield _Note(text, _command("analyze", source.lake.url, analysis, *options, runs=[run.run_id]))
 
 
-def _group(source: _Source, stored: Sequence[StoredTable]) -> _Group:
+def _group(source: _Source, stored: Sequence[StoredTable], heading: str) -> _Group:
     """Draw the figures of one analysis and parameter set."""
     key = stored[0].key
     figures = [figure for figure in FIGURES if figure.analysis == key.analysis]
@@ -281,7 +309,7 @@ def _group(source: _Source, stored: Sequence[StoredTable]) -> _Group:
         _command("analyze", url, key.analysis, *_changed_options(key), runs=chosen),
         *(_command("sql", url, f"SELECT * FROM {view}") for view in tables),  # noqa: S608  # shown, not run
     ]
-    return _Group(params_text(key.params), drawn, commands)
+    return _Group(params_text(key.params), heading, drawn, commands)
 
 
 def _changed_options(key: FindingKey) -> list[str]:
@@ -320,21 +348,22 @@ def _counts(table: pa.Table, series: Sequence[Series]) -> str:
     for run, n in zip(table["run"].to_pylist(), table[column].to_pylist(), strict=True):
         largest[run] = max(largest.get(run, 0), n or 0)
     unit = column.removeprefix("n_")
-    said = [f"{largest[item.run]:,} {unit} of {item.label}" for item in series if item.run in largest]
-    return ", ".join(said)
+    if len(set(largest.values())) == 1 and len(largest) > 1:
+        return f"{max(largest.values()):,} {unit} of each run"
+    return ", ".join(
+        f"{largest[item.run]:,} {unit} of {item.label}" for item in series if item.run in largest
+    )
 
 
 def _remarks(table: pa.Table, series: Sequence[Series]) -> list[str]:
     """Say why values are missing, in the table's own words."""
     labels = {item.run: item.label for item in series}
-    remarks = dict.fromkeys(
-        f"{labels[row['run']]}: {row[name]}."
-        for name in ("reason", "note")
-        if name in table.column_names
-        for row in table.select(["run", name]).to_pylist()
-        if row[name]
-    )
-    shown = list(remarks)[:_N_REMARKS]
-    if len(remarks) > len(shown):
-        shown.append(f"And {len(remarks) - len(shown)} more reasons in the table.")
-    return shown
+    runs_of: dict[str, dict[str, None]] = {}
+    for name in ("reason", "note"):
+        if name in table.column_names:
+            for row in table.select(["run", name]).to_pylist():
+                if row[name]:
+                    runs_of.setdefault(row[name], {})[labels[row["run"]]] = None
+    remarks = [f"{', '.join(of)}: {said}." for said, of in runs_of.items()]
+    hidden = len(remarks) - _N_REMARKS
+    return remarks if hidden <= 0 else [*remarks[:_N_REMARKS], f"The table has {hidden} more."]

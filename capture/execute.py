@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ..catalog.lake import create_lake
 from ..catalog.run import Run
@@ -28,7 +30,7 @@ from .plan import CapturePlan, CaptureSpec, plan_capture
 from .selfcheck import check_model
 from .writer import write_partition
 
-__all__ = ["capture_run", "execute_plan"]
+__all__ = ["capture_run", "execute_plan", "place_tokens"]
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, tokens done and tokens in all."""
@@ -38,12 +40,12 @@ def _silent(phase: str, done: int, total: int) -> None:
     """Show no progress."""
 
 
-def capture_run(lake: str, spec: CaptureSpec, *, progress: Progress = _silent) -> Run:
+def capture_run(lake: str | os.PathLike[str], spec: CaptureSpec, *, progress: Progress = _silent) -> Run:
     """Run a model over a corpus and store the sites asked for; what the lake holds already is not run again.
 
     Parameters
     ----------
-    lake : str
+    lake : str or path
         The lake's path or URL; made if need be.
     spec : CaptureSpec
         What to capture. ``spec.model`` may be a Hugging Face model that is loaded already.
@@ -69,7 +71,7 @@ def capture_run(lake: str, spec: CaptureSpec, *, progress: Progress = _silent) -
     return execute_plan(plan_capture(spec, lake), lake, progress=progress)
 
 
-def execute_plan(plan: CapturePlan, lake: str, *, progress: Progress = _silent) -> Run:
+def execute_plan(plan: CapturePlan, lake: str | os.PathLike[str], *, progress: Progress = _silent) -> Run:
     """Carry out a plan (see :func:`capture_run`); with nothing to do, only open the run."""
     frozen = plan.frozen
     if plan.existing is not None:
@@ -125,25 +127,30 @@ def _run_partitions(
         write_ledger(store, frozen, work.index, objects)
 
 
-def _documents(plan: CapturePlan, lake: str) -> dict[int, PlacedDocument]:
+def _documents(plan: CapturePlan, lake: str | os.PathLike[str]) -> dict[int, PlacedDocument]:
     """Return the documents of all partitions that have work, from the plan and from the run it extends."""
     tables = [(plan.documents, plan.tokens)]
     if plan.existing is not None:
         held = Run(Store(lake), plan.existing)
         tables.append((held.documents, held.tokens))
-    placed: dict[int, PlacedDocument] = {}
-    for documents, tokens in tables:
-        token_ids, document = tokens["token_id"].to_numpy(), tokens["document"].to_numpy()
-        # A run's tokens stand in the order of their documents.
-        numbers, starts, counts = np.unique(document, return_index=True, return_counts=True)
-        span = dict(zip(numbers.tolist(), zip(starts.tolist(), counts.tolist(), strict=True), strict=True))
-        for row in documents.to_pylist():
-            if row["status"] != "refused":
-                start, count = span[row["document"]]
-                placed[row["document"]] = PlacedDocument(
-                    token_ids[start : start + count], row["row_start"], row["pair_start"]
-                )
-    return placed
+    return {number: placed for table in tables for number, placed in place_tokens(*table).items()}
+
+
+def place_tokens(documents: pa.Table, tokens: pa.Table) -> dict[int, PlacedDocument]:
+    """Return each stored document's tokens and place, by its number."""
+    token_ids, document = tokens["token_id"].to_numpy(), tokens["document"].to_numpy()
+    # Tokens stand in the order of their documents.
+    numbers, starts, counts = np.unique(document, return_index=True, return_counts=True)
+    spans = zip(starts.tolist(), counts.tolist(), strict=True)
+    ids = {
+        number: token_ids[start : start + count]
+        for number, (start, count) in zip(numbers.tolist(), spans, strict=True)
+    }
+    return {
+        row["document"]: PlacedDocument(ids[row["document"]], row["row_start"], row["pair_start"])
+        for row in documents.to_pylist()
+        if row["status"] != "refused"
+    }
 
 
 def _provenance(plan: CapturePlan, model: OpenModel, checks: dict[str, float]) -> dict[str, Any]:

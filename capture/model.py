@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import tempfile
 import warnings
@@ -92,7 +93,7 @@ def slug(name: str) -> str:
 
 
 def describe_model(
-    model: str | PreTrainedModel,
+    model: str | os.PathLike[str] | PreTrainedModel,
     *,
     revision: str | None = None,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
@@ -102,7 +103,7 @@ def describe_model(
 
     Parameters
     ----------
-    model : str or PreTrainedModel
+    model : str, path or PreTrainedModel
         A local directory, a hub id, or a model that is loaded already.
     revision : str, optional
         Branch, tag or commit of a hub id.
@@ -123,6 +124,8 @@ def describe_model(
     except ImportError as error:
         raise MissingExtra("transformers", "capture") from error
 
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     if not isinstance(model, str):
         if tokenizer is None:
             raise ModelError("A loaded model needs its tokenizer.", hint="Pass tokenizer=….")
@@ -262,7 +265,7 @@ def _shape_of(config: Any) -> ModelShape:
         found = first(*names)
         if found is None:
             raise ModelError(
-                f"The config of a {text.model_type} model has no {names[0]}: layerlake captures transformers only."
+                f"The config of this {text.model_type} model does not say its {names[0]}, which layerlake needs."
             )
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -36,9 +37,9 @@ _DEFAULT_CONTEXT = 512
 class CaptureSpec:
     """What to capture: one model, one corpus, some sites."""
 
-    model: str | PreTrainedModel = field(repr=False)
+    model: str | os.PathLike[str] | PreTrainedModel = field(repr=False)
     """A hub id, a local directory, or a model that is loaded already."""
-    dataset: str
+    dataset: str | os.PathLike[str]
     """A dataset id of the hub, or a local txt, jsonl, parquet or arrow file."""
     sites: tuple[str, ...] | str = "all"
     """Site names, or ``"all"``."""
@@ -137,7 +138,7 @@ class CapturePlan:
         }
 
 
-def plan_capture(spec: CaptureSpec, lake: str | None = None) -> CapturePlan:
+def plan_capture(spec: CaptureSpec, lake: str | os.PathLike[str] | None = None) -> CapturePlan:
     """Plan a capture without writing anything and without loading weights.
 
     Tokenises the corpus up to ``max_tokens``; hashes local weight files.
@@ -146,7 +147,7 @@ def plan_capture(spec: CaptureSpec, lake: str | None = None) -> CapturePlan:
     ----------
     spec : CaptureSpec
         What to capture.
-    lake : str, optional
+    lake : str or path, optional
         The lake it is for: what a run there holds already is not captured again.
 
     Raises
@@ -165,7 +166,7 @@ def plan_capture(spec: CaptureSpec, lake: str | None = None) -> CapturePlan:
         spec.model, revision=spec.revision, tokenizer=spec.tokenizer, trust_remote_code=spec.trust_remote_code
     )
     corpus = open_corpus(
-        spec.dataset,
+        os.fspath(spec.dataset),
         config=spec.dataset_config,
         split=spec.split,
         revision=spec.dataset_revision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,10 @@ def connect(lake: Lake, *, run: str | None = None, log: ReadLog | None = None) -
     runs = lake.runs()
     if len(runs) == 1:
         chosen = runs[0].run_id
-    # Spilled intermediate results go where temporary files belong; DuckDB would make .tmp in the working directory.
-    spill = str(Path(tempfile.gettempdir()) / "layerlake-duckdb")
-    connection = duckdb.connect(config={"temp_directory": spill, "python_enable_replacements": False})
+    # Where intermediate results are spilled: DuckDB makes the folder if need be (by default .tmp in the working
+    # directory), and removes it when it closes.
+    spill = Path(tempfile.gettempdir()) / f"layerlake-duckdb-{uuid.uuid4().hex}"
+    connection = duckdb.connect(config={"temp_directory": str(spill), "python_enable_replacements": False})
     connection.execute(Path(__file__).with_name("macros.sql").read_text(encoding="utf-8"))
     for opened in runs:
         connection.execute(f"CREATE SCHEMA {quoted(opened.run_id)}")

@@ -6,6 +6,10 @@ import importlib.util
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from layerlake.catalog.run import Run
 
 # Runs first in a child process: the packages of the `capture` extra are not found, as if they were absent.
 # (A finder that raised would also break the packages that only ask `find_spec` whether torch is there.)
@@ -53,3 +57,37 @@ def test_modules_are_imported_without_torch() -> None:
         f"import importlib\nfor name in {names}:\n    importlib.import_module(name)"
     )
     assert ran.returncode == 0, ran.stderr
+
+
+def test_every_analysis_sql_and_the_report_run_without_torch(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    make_run(lengths=(20, 25, 18, 30, 22), partition_tokens=64, context=32)
+    lake, report = tmp_path / "lake", tmp_path / "report.html"
+    commands = [
+        ["analyze", str(lake), "all"],
+        [
+            "sql",
+            str(lake),
+            "SELECT count(*) AS n FROM lens JOIN cka ON boundary = boundary_a",
+            "--format",
+            "csv",
+        ],
+        ["sql", str(lake), "SELECT count(norm(vec)) AS n FROM resid WHERE boundary = 1", "--format", "csv"],
+        ["report", str(lake), "-o", str(report)],
+    ]
+    ran = run_without_capture_extra(
+        f"from layerlake.cli import main\nfor command in {commands}:\n    main(command)\n"
+        "assert not absent.intersection(sys.modules)"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "skipped" not in ran.stdout
+    assert ran.stdout.split()[-4:] == ["n", "9", "n", "115"]
+    assert report.stat().st_size > 100_000
+
+
+def test_capture_without_its_extra_names_the_pip_command(tmp_path: Path) -> None:
+    arguments = ["capture", str(tmp_path / "lake"), "--model", "gpt2", "--dataset", "text.txt"]
+    ran = run_without_capture_extra(f"from layerlake.cli import main; main({arguments})")
+    assert ran.returncode == 2
+    assert 'pip install "layerlake[capture]"' in ran.stderr

@@ -238,9 +238,9 @@ def info(lake: str, runs: tuple[str, ...], as_json: bool) -> None:
 @click.option("--run", help="The run whose relations need no schema in front.")
 def sql(lake: str, query: str, kind: Literal["table", "csv", "json"], run: str | None) -> None:
     """Ask a lake in SQL, read-only. ``SHOW ALL TABLES`` lists the relations."""
-    from .sql.format import format_result
+    from .sql import write_result
 
-    click.echo(format_result(open_lake(lake).sql(query, run=run), kind).rstrip("\n"))
+    write_result(open_lake(lake).sql(query, run=run), kind, sys.stdout)
 
 
 class _Analyses(_InOrder):
@@ -280,11 +280,11 @@ def _analysis_command(name: str) -> click.Command:
         finding = run_analysis(
             open_lake(lake), name, runs=runs, options=options, scheduler=scheduler, progress=not as_json
         )
-        rows = finding.table.to_pylist()
         if as_json:
-            console.print_json(rows)
+            console.print_json(finding.table.to_pylist())
             return
-        console.print_table(rows)
+        # of several tables the shortest says most at a glance: counts rather than neurons, means rather than tokens
+        console.print_table(min(finding.tables.values(), key=len).to_pylist())
         views = ", ".join(f"{view} ({table.num_rows:,} rows)" for view, table in finding.tables.items())
         console.note(f"in SQL: {views}")
 

@@ -35,12 +35,14 @@ class Lake(CatalogLake):
         Returns
         -------
         duckdb.DuckDBPyRelation
-            Lazy; ``.df()``, ``.pl()``, ``.arrow()``, ``.fetchall()``, ``.show()``.
+            Lazy; ``.df()``, ``.pl()``, ``.to_arrow_table()``, ``.fetchall()``, ``.show()``. It cannot write
+            files: they are out of reach.
 
         Raises
         ------
         QueryError
-            The SQL is wrong, or is not a read.
+            The SQL is wrong, or is not a read. What fails only when the rows are fetched (a cast of a
+            value, say) is DuckDB's own ``duckdb.Error``.
         """
         from . import sql
 

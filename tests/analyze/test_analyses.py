@@ -171,7 +171,7 @@ def test_run_all_raises_other_errors(lake: Lake) -> None:
 def test_values_that_are_not_finite_are_never_averaged(
     make_run: Callable[..., Run], name: str, site: str, layer: int
 ) -> None:
-    clean = make_run(url=None, name="clean", lengths=(20, 9), context=24, partition_tokens=32)
+    clean = make_run(url=None, name="clean", lengths=(20, 9, 5, 6), context=24, partition_tokens=32)
     values = np.concatenate(
         [np.stack([clean.read(site, i, p) for i in range(clean.array(site).shape[0])])
          for p in clean.manifest.partitions],
@@ -181,7 +181,7 @@ def test_values_that_are_not_finite_are_never_averaged(
         values[layer, 1, 50] = np.nan
     else:
         values[layer, [5, 19], 3] = np.nan
-    run = make_run(name="bad", lengths=(20, 9), context=24, partition_tokens=32, values={site: values})
+    run = make_run(name="bad", lengths=(20, 9, 5, 6), context=24, partition_tokens=32, values={site: values})
     lake = Lake(run.store.url)
     with pytest.raises(
         AnalysisError, match=rf"Run bad-\w+ holds \d values .* of site '{site}', layer {layer}"
@@ -192,11 +192,11 @@ def test_values_that_are_not_finite_are_never_averaged(
 
 
 def test_unknown_names_and_options_are_corrected(lake: Lake) -> None:
-    with pytest.raises(AnalysisError, match="no analysis 'norm'. Did you mean 'norms'"):
+    with pytest.raises(AnalysisError, match=r"no analysis 'norm'\. Did you mean 'norms'"):
         run_analysis(lake, "norm")
-    with pytest.raises(AnalysisError, match="no option 'scales'. Did you mean 'scale'"):
+    with pytest.raises(AnalysisError, match=r"no option 'scales'\. Did you mean 'scale'"):
         run_analysis(lake, "lens", options={"scales": "own"})
-    with pytest.raises(AnalysisError, match="cannot be 'finl'. Did you mean 'final'"):
+    with pytest.raises(AnalysisError, match=r"cannot be 'finl'\. Did you mean 'final'"):
         run_analysis(lake, "lens", options={"scale": "finl"})
     with pytest.raises(AnalysisError, match="int"):
         run_analysis(lake, "cka", options={"batch": "128"})

@@ -1,4 +1,4 @@
-"""Attention locality against dense patterns; EXPERIMENTS §6, vector 6."""
+"""Attention locality against dense patterns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CKA: golden vectors of EXPERIMENTS E6, a brute-force estimator, and where it is not defined."""
+"""CKA: golden vectors, a brute-force estimator, and where it is not defined."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Y = np.cos(2 * i + 1.5 * j[:, :2]) + 0.1 * i
 
 
 def hsic(x: Array, y: Array) -> float:
-    """The formula of EXPERIMENTS E6, written out."""
+    """The unbiased estimator (Song et al. 2012, eq. 5), written out."""
     n = len(x)
     K, L = x @ x.T, y @ y.T
     np.fill_diagonal(K, 0)
@@ -76,14 +76,14 @@ def test_more_tokens_than_a_block_of_the_gram_matrix() -> None:
 )
 def test_cka_equals_one_shot_numpy(
     make_run: Callable[..., Run],
-    shape: ModelShape,
     stored: Stored,
+    *,
     dtype: str,
     options: CkaOptions,
     expected_batches: int,
 ) -> None:
     lengths = (5, 4, 9, 3) * 5 + (6, 2)
-    run = make_run(shape=shape, dtype=dtype, lengths=lengths, partition_tokens=32)
+    run = make_run(dtype=dtype, lengths=lengths, partition_tokens=32)
     resid = stored(run, "resid")
     ends = np.cumsum(lengths)
     starts = ends - lengths

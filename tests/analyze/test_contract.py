@@ -1,4 +1,4 @@
-"""The contract of ARCHITECTURE §3, for all statistics: merging, partitions, schedulers, stored states."""
+"""The contract of all statistics: merging, partitions, schedulers, stored states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from layerlake.analyze import cka, lens, neurons
@@ -38,7 +38,6 @@ STATISTICS: dict[str, Open] = {
     "norms": lambda run: NormsStatistic.open(run, NormsOptions(tokens="30")),
 }
 
-each = pytest.mark.parametrize("name", STATISTICS)
 runs = given(
     lengths=st.lists(st.integers(1, 24), min_size=1, max_size=10).filter(lambda lengths: max(lengths) > 2),
     partition_tokens=st.sampled_from([24, 32, 64, 256]),
@@ -46,7 +45,7 @@ runs = given(
     seed=st.integers(0, 3),
 )
 few = settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
 )
 
 
@@ -74,58 +73,61 @@ def without_rows(tables: dict[str, pa.Table]) -> dict[str, pa.Table]:
     }
 
 
-@each
 @few
 @runs
 def test_merging_is_associative_commutative_and_has_a_neutral_element(
-    make_run: Callable[..., Run], tmp_path: Path, name: str, **drawn: Any
+    make_run: Callable[..., Run], tmp_path: Path, **drawn: Any
 ) -> None:
     run = make_run(url=tmp_path / uuid.uuid4().hex, context=24, **drawn)
-    statistic = STATISTICS[name](run)
-    blocks = [statistic.read(run, unit) for unit in statistic.units()]
-    states = [statistic.update(statistic.zero(), block) for block in blocks]
-    in_order = statistic.zero()
-    for state in states:
-        assert_equal(statistic.merge(statistic.zero(), state), state)
-        assert_equal(statistic.merge(state, statistic.zero()), state)
-        in_order = statistic.merge(in_order, state)
     shuffled = random.Random(drawn["seed"])  # noqa: S311 (not for secrets)
-    while len(states) > 1:  # any tree, any order
-        shuffled.shuffle(states)
-        states.append(statistic.merge(states.pop(), states.pop()))
-    for state in states:
-        assert_equal(state, in_order)
+    for name, open_statistic in STATISTICS.items():
+        note(name)
+        statistic = open_statistic(run)
+        blocks = [statistic.read(run, unit) for unit in statistic.units()]
+        states = [statistic.update(statistic.zero(), block) for block in blocks]
+        in_order = statistic.zero()
+        for state in states:
+            assert_equal(statistic.merge(statistic.zero(), state), state)
+            assert_equal(statistic.merge(state, statistic.zero()), state)
+            in_order = statistic.merge(in_order, state)
+        while len(states) > 1:  # any tree, any order
+            shuffled.shuffle(states)
+            states.append(statistic.merge(states.pop(), states.pop()))
+        for state in states:
+            assert_equal(state, in_order)
+        file = io.BytesIO()
+        in_order.save(file)
+        file.seek(0)
+        assert_equal(State.load(file), in_order)
 
-    file = io.BytesIO()
-    in_order.save(file)
-    file.seek(0)
-    assert_equal(State.load(file), in_order)
 
-
-@each
 @few
 @runs
 def test_neither_partitions_nor_schedulers_change_a_digit(
-    make_run: Callable[..., Run], tmp_path: Path, name: str, **drawn: Any
+    make_run: Callable[..., Run], tmp_path: Path, **drawn: Any
 ) -> None:
     run = make_run(url=tmp_path / uuid.uuid4().hex, context=24, **drawn)
     whole = make_run(url=tmp_path / uuid.uuid4().hex, context=24, **{**drawn, "partition_tokens": 512})
     assert len(whole.manifest.partitions) == 1
-    statistic = STATISTICS[name](run)
-    state = reduce_statistic(statistic, run, scheduler="synchronous")
-    assert_equal(reduce_statistic(statistic, run, scheduler="threads"), state)
-    tables = statistic.finalise(state)
-    other = STATISTICS[name](whole)
-    expected = other.finalise(reduce_statistic(other, whole, scheduler="synchronous"))
-    assert without_rows(tables) == without_rows(expected)
-    for table in tables.values():
-        assert table.column_names[0] == "run"
-        assert {*statistic.key, "variant"} <= {*table.column_names}
-        for column in table.columns:
-            assert not pa.types.is_floating(column.type) or not np.isnan(column.drop_null().to_numpy()).any()
+    for name, open_statistic in STATISTICS.items():
+        note(name)
+        statistic = open_statistic(run)
+        state = reduce_statistic(statistic, run, scheduler="synchronous")
+        assert_equal(reduce_statistic(statistic, run, scheduler="threads"), state)
+        tables = statistic.finalise(state)
+        other = open_statistic(whole)
+        expected = other.finalise(reduce_statistic(other, whole, scheduler="synchronous"))
+        assert without_rows(tables) == without_rows(expected)
+        for table in tables.values():
+            assert table.column_names[0] == "run"
+            assert {*statistic.key, "variant"} <= {*table.column_names}
+            for column in table.columns:
+                assert (
+                    not pa.types.is_floating(column.type) or not np.isnan(column.drop_null().to_numpy()).any()
+                )
 
 
-@each
+@pytest.mark.parametrize("name", STATISTICS)
 def test_units_read_what_they_declare(
     make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -133,8 +135,17 @@ def test_units_read_what_they_declare(
     statistic = STATISTICS[name](run)
     read: list[str] = []
     array, weight = Run.array, Run.weight_array
-    monkeypatch.setattr(Run, "array", lambda self, site: (read.append(site), array(self, site))[1])
-    monkeypatch.setattr(Run, "weight_array", lambda self, key: (read.append(key), weight(self, key))[1])
+
+    def recorded_array(run: Run, site: str) -> Any:
+        read.append(site)
+        return array(run, site)
+
+    def recorded_weight(run: Run, name: str) -> Any:
+        read.append(name)
+        return weight(run, name)
+
+    monkeypatch.setattr(Run, "array", recorded_array)
+    monkeypatch.setattr(Run, "weight_array", recorded_weight)
     for unit in statistic.units():
         read.clear()
         statistic.measure(statistic.read(run, unit))

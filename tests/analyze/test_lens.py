@@ -23,7 +23,7 @@ LENGTHS = (5, 9, 3, 12, 7, 2, 30)
 
 def one_shot(run: Run, resid: Array, scale: str) -> dict[str, Array]:
     """All measures at all boundaries and masked tokens, [boundary, token], in float64."""
-    mask, table = [], run.tokens
+    table = run.tokens
     positions, documents = table["position"].to_numpy(), table["document"].to_numpy()
     lengths = np.bincount(documents)
     mask = np.flatnonzero((positions >= 1) & (positions <= lengths[documents] - 2))
@@ -66,6 +66,7 @@ def test_lens_equals_one_shot_numpy(
     make_run: Callable[..., Run],
     shape: ModelShape,
     stored: Stored,
+    *,
     dtype: str,
     norm: Literal["layernorm", "rmsnorm"],
     scale: Literal["own", "final", "authors"],

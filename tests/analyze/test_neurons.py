@@ -1,4 +1,4 @@
-"""Neurons: the golden moments of EXPERIMENTS E13, and planted classes."""
+"""Neurons: golden moments, and planted classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def moments(values: Array) -> Array:
 
 
 def one_shot(run: Run, columns: str) -> Array:
-    """Moments [layer, unit, moment] by the recipe of EXPERIMENTS §1.5 in float64."""
+    """Moments [layer, unit, moment] by the recipe of docs/analyses.md in float64."""
     W_U = run.weight("W_U").astype(np.float64) * run.weight("ln_final.w")[:, None]
     W_out = run.weight("W_out").astype(np.float64)
     if run.shape.norm == "layernorm":

@@ -1,4 +1,4 @@
-"""Distributions from the online sums, against softmax written out; EXPERIMENTS §6, vectors 8 and 9."""
+"""Distributions from the online sums, against softmax written out, and golden vectors."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
 from layerlake.analyze.neurons import NeuronOptions, NeuronStatistic
 from layerlake.analyze.norms import NormsOptions, NormsStatistic
 from layerlake.analyze.reduce import reduce_statistic
+from layerlake.analyze.statistic import State
 from layerlake.catalog.errors import AnalysisError, LayerLakeError
 from layerlake.catalog.run import Run
 
@@ -24,11 +25,15 @@ def blas_threads() -> set[int]:
 def test_blas_has_one_thread_in_a_worker(
     make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, scheduler: str
 ) -> None:
-    run, before, seen = make_run(), blas_threads(), []
+    run, before = make_run(), blas_threads()
+    seen: list[set[int]] = []
     measure = NeuronStatistic.measure
-    monkeypatch.setattr(
-        NeuronStatistic, "measure", lambda self, block: (seen.append(blas_threads()), measure(self, block))[1]
-    )
+
+    def measured(statistic: NeuronStatistic, block: Any) -> State:
+        seen.append(blas_threads())
+        return measure(statistic, block)
+
+    monkeypatch.setattr(NeuronStatistic, "measure", measured)
     reduce_statistic(NeuronStatistic.open(run, NeuronOptions()), run, scheduler=scheduler)
     assert seen == [{1}, {1}]
     assert blas_threads() == before
@@ -63,7 +68,7 @@ def test_errors_of_a_worker_are_raised_as_they_are(
 
 def test_unknown_scheduler(make_run: Callable[..., Run]) -> None:
     run = make_run()
-    with pytest.raises(AnalysisError, match="no scheduler 'thread'. Did you mean 'threads'"):
+    with pytest.raises(AnalysisError, match=r"no scheduler 'thread'\. Did you mean 'threads'"):
         reduce_statistic(NormsStatistic.open(run, NormsOptions()), run, scheduler="thread")
 
 

@@ -186,3 +186,14 @@ def test_any_predicate_on_pattern(
     lake_rows: tuple[duckdb.DuckDBPyConnection, dict[str, Rows]], predicate: Predicate
 ) -> None:
     assert_exact(lake_rows, PATTERN, predicate)
+
+
+@pytest.mark.parametrize("name", ["row", "document", "position", "token_id", "chunk", "boundary"])
+def test_every_value_is_found(
+    lake_rows: tuple[duckdb.DuckDBPyConnection, dict[str, Rows]], name: str
+) -> None:
+    """The first and the last row of a partition are where pruning would go wrong."""
+    connection, rows = lake_rows[0], lake_rows[1][VECTORS][name]
+    for value, n in zip(*np.unique(rows.astype(int), return_counts=True), strict=True):
+        for test in (f"= {value}", f"BETWEEN {value} AND {value}"):
+            assert connection.sql(f"FROM resid SELECT count(*) WHERE {name} {test}").fetchall() == [(n,)]

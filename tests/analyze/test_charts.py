@@ -1,0 +1,271 @@
+"""Charts: what lies where, in which colour, and what becomes of values that are missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from layerlake.analyze import charts
+from layerlake.analyze.charts import Series
+
+A, B = Series("a-1", "model a", 2), Series("b-2", "model b", 4)
+INTERVAL = {"_lo": -0.1, "": 0.0, "_hi": 0.1}
+
+
+def lens_table(*series: Series, entropy: float | None = 3.0) -> pa.Table:
+    metrics = ("entropy_bits", "kl_final_lens_nats", "loss_nats", "top1_agreement")
+    return pa.Table.from_pylist(
+        [
+            {"run": item.run, "boundary": i, "scale": "own", "n_tokens": 10}
+            | {
+                f"{name}{end}": None if entropy is None else entropy + i + d
+                for name in metrics
+                for end, d in INTERVAL.items()
+            }
+            for item in series
+            for i in range(item.n_layers + 1)
+        ]
+    )
+
+
+def cka_table(*series: Series, upper_only: bool = False) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {"run": item.run, "boundary_a": a, "boundary_b": b, "n_samples": 8, "cka": 1.0 - 0.6 * abs(a - b)}
+            | {"cka_lo": None, "cka_hi": None, "reason": "no interval", "note": None}
+            for item in series
+            for a in range(item.n_layers + 1)
+            for b in range(a if upper_only else 0, item.n_layers + 1)
+        ]
+    )
+
+
+def counts_table(*series: Series) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {"run": item.run, "layer": layer, "class": name, "n_units": n, "density": n / 16}
+            for item in series
+            for layer in range(item.n_layers)
+            for name, n in (("prediction", layer), ("other", 16 - layer))
+        ]
+    )
+
+
+def attention_table(*series: Series, bos: float | None = 0.25) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "run": item.run,
+                "layer": layer,
+                "distance": k,
+                "mean_weight": 0.02,
+                "cumulative_weight": 0.02 * k,
+            }
+            | {"bos_weight": bos, "uniform_weight": 0.01 * k}
+            for item in series
+            for layer in range(item.n_layers)
+            for k in range(17)
+        ]
+    )
+
+
+def norms_table(*series: Series, mlp: float = 2.0) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {"run": item.run, "layer": layer, "component": name, "mean_norm": norm, "median_norm": norm}
+            | {"p10": norm / 2, "p90": norm * 2, "relative_norm": norm / 8}
+            | {"attn_mlp_ratio": 4 / mlp if mlp and name == "attn_out" else None}
+            for item in series
+            for layer in range(item.n_layers)
+            for name, norm in (("attn_out", 4.0), ("mlp_out", mlp), ("resid_pre", 8.0))
+        ]
+    )
+
+
+CHARTS: dict[str, tuple[Callable[..., Any], Callable[..., pa.Table]]] = {
+    "lens": (charts.lens_chart, lens_table),
+    "cka": (charts.cka_chart, cka_table),
+    "neurons": (charts.neurons_chart, counts_table),
+    "attention": (charts.attention_locality_chart, attention_table),
+    "distances": (charts.attention_distance_chart, attention_table),
+    "norms": (charts.norms_chart, norms_table),
+}
+LINES = ("lens", "neurons", "attention", "norms")
+
+Spec = dict[str, Any]
+
+
+def draw(name: str, *series: Series, table: pa.Table | None = None, validate: bool = False) -> Spec:
+    """The chart as JSON, which has to be strict; validation takes altair half of the time."""
+    chart, make = CHARTS[name]
+    spec: Spec = chart(make(*series) if table is None else table, series).to_dict(validate=validate)
+    assert json.loads(json.dumps(spec, allow_nan=False)) == spec
+    return spec
+
+
+def rows_of(spec: Spec) -> list[dict[str, Any]]:
+    return [row for rows in spec["datasets"].values() for row in rows]
+
+
+def encodings(spec: Spec) -> list[dict[str, Any]]:
+    """The encodings of all marks."""
+    return [layer["encoding"] for panel in spec["concat"] for layer in panel.get("layer", [panel])]
+
+
+def y_titles(spec: Spec) -> list[str]:
+    return list(dict.fromkeys(e["y"]["title"] for e in encodings(spec) if "title" in e["y"]))
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_charts_are_pure(name: str) -> None:
+    assert draw(name, A, B) == draw(name, A, B)
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_vega_lite_compiles_them(name: str) -> None:
+    import vl_convert
+
+    assert vl_convert.vegalite_to_vega(draw(name, A, B, validate=True))["marks"]
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_no_row_gives_a_chart_that_says_so(name: str) -> None:
+    spec = draw(name, A, table=CHARTS[name][1](A).slice(0, 0))
+    assert [panel["mark"]["text"] for panel in spec["concat"]] == ["no values"]
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_run_has_one_colour(name: str) -> None:
+    both = [e["color"] for e in encodings(draw(name, A, B)) if "color" in e]
+    assert both
+    for color in both:
+        assert color["scale"]["domain"] == ["model a", "model b"]
+        assert color["scale"]["range"] == list(charts.series_colors([A, B]).values())
+    # … also where the run before it has nothing to show
+    alone = draw(name, A, B, table=CHARTS[name][1](B))
+    assert {row["model"] for row in rows_of(alone) if row} == {"model b"}
+    assert next(e["color"] for e in encodings(alone) if "color" in e) == both[0]
+
+
+def test_the_first_seven_colours_differ_and_then_dashes_do() -> None:
+    nine = [Series(f"r{i}", f"m{i}", 2) for i in range(9)]
+    assert len(set(charts.series_colors(nine[:7]).values())) == 7
+    spec = draw("lens", *nine)
+    (dash, *_) = [e["strokeDash"]["scale"]["range"] for e in encodings(spec) if "strokeDash" in e]
+    looks = zip(charts.series_colors(nine).values(), map(tuple, dash), strict=True)
+    assert len(set(looks)) == 9
+    assert not any("strokeDash" in e for e in encodings(draw("lens", *nine[:7])))
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_only_the_series_are_drawn(name: str) -> None:
+    assert draw(name, A, table=CHARTS[name][1](A, B)) == draw(name, A)
+
+
+def test_boundaries_stand_at_i_over_l_and_layers_in_the_middle_of_their_block() -> None:
+    lens, neurons = rows_of(draw("lens", A, B)), rows_of(draw("neurons", A, B))
+    assert [row["depth"] for row in lens if row["model"] == "model a"] == [0, 0.5, 1]
+    assert [row["depth"] for row in neurons if row["model"] == "model a"] == [0.25, 0.75]
+    assert [row["depth"] for row in neurons if row["model"] == "model b"] == [0.125, 0.375, 0.625, 0.875]
+
+
+def test_lens_shows_units_and_bands() -> None:
+    spec = draw("lens", A)
+    assert y_titles(spec) == [
+        "entropy of the lens (bits)",
+        "KL(final ‖ lens) (nats)",
+        "loss of the lens (nats per token)",
+        "top-1 agreement with the final",
+    ]
+    bands = [e for e in encodings(spec) if "y2" in e]
+    assert next((e["y"]["field"], e["y2"]["field"]) for e in bands) == ("entropy_bits_lo", "entropy_bits_hi")
+    assert len(bands) == 4
+    tooltip = {item["field"] for e in encodings(spec) for item in e.get("tooltip", [])}
+    assert {"model", "boundary", "depth", "entropy_bits", "entropy_bits_lo", "entropy_bits_hi"} <= tooltip
+
+
+def test_values_that_are_not_finite_are_gaps() -> None:
+    table = lens_table(A)
+    column = table.column_names.index("entropy_bits")
+    broken = table.set_column(column, "entropy_bits", pa.array([float("nan"), float("inf"), 1.0]))
+    assert [row["entropy_bits"] for row in rows_of(draw("lens", A, table=broken))] == [None, None, 1.0]
+
+
+def test_a_panel_without_a_value_is_left_out() -> None:
+    assert y_titles(draw("attention", A, table=attention_table(A, bos=None))) == [
+        "attention on the previous 5 tokens"
+    ]
+    spec = draw("lens", A, table=lens_table(A, entropy=None))
+    assert [panel["mark"]["text"] for panel in spec["concat"]] == ["no values"]
+
+
+def test_cka_colours_span_0_to_1_and_values_stay_as_they_are() -> None:
+    spec = draw("cka", A)
+    (color,) = [e["color"] for e in encodings(spec) if "color" in e]
+    assert color["scale"] == {"clamp": True, "domain": [0, 1], "scheme": "viridis"}
+    values = {(row["a"], row["b"]): row["cka"] for row in rows_of(spec)}
+    assert values[0, 2] == values[2, 0] == pytest.approx(-0.2)
+    assert values[1, 1] == 1
+
+
+def test_cka_is_the_same_from_half_a_table() -> None:
+    assert rows_of(draw("cka", B, table=cka_table(B, upper_only=True))) == rows_of(draw("cka", B))
+
+
+def test_a_cka_cell_without_a_value_is_grey_and_says_why() -> None:
+    row = {"run": A.run, "boundary_a": 0, "boundary_b": 0, "n_samples": 8, "cka": None}
+    table = pa.Table.from_pylist([row | {"reason": "boundary 0 has no variance"}])
+    spec = draw("cka", A, table=table)
+    assert rows_of(spec) == [{"a": 0, "b": 0, "n": 8, "note": "boundary 0 has no variance"}]
+    filled, void = spec["concat"][0]["layer"]
+    assert filled["transform"] == [{"filter": "isValid(datum.cka)"}]
+    assert void["transform"] == [{"filter": "!isValid(datum.cka)"}]
+    assert void["mark"]["color"] == "#dddddd"
+
+
+def test_cka_has_one_panel_a_run() -> None:
+    assert [panel["title"] for panel in draw("cka", A, B)["concat"]] == ["model a", "model b"]
+
+
+def test_a_class_without_a_row_has_density_0() -> None:
+    rows = rows_of(draw("neurons", A))
+    assert [(row["prediction"], row["suppression"]) for row in rows] == [(0, 0), (1 / 16, 0)]
+    assert [row["prediction_n"] for row in rows] == [0, 1]
+
+
+def test_attention_is_that_on_the_previous_five_tokens_beside_uniform_attention() -> None:
+    rows = rows_of(draw("attention", A))
+    assert [(row["cumulative_weight"], row["uniform_weight"], row["bos_weight"]) for row in rows] == [
+        (0.1, 0.05, 0.25)
+    ] * 2
+    dashed = [e["y"]["field"] for e in encodings(draw("attention", A))]
+    assert dashed == ["uniform_weight", "cumulative_weight", "bos_weight"]
+
+
+def test_distances_are_those_of_the_paper() -> None:
+    assert {row["distance"] for row in rows_of(draw("distances", A, B))} == {1, 2, 4, 8, 16}
+
+
+def test_norms_have_logarithmic_axes_that_hold_them_and_show_the_ratio() -> None:
+    spec = draw("norms", A)
+    (ratio,) = {row["ratio"] for row in rows_of(spec) if row}
+    assert ratio == 2
+    scales = [e["y"]["scale"] for e in encodings(spec) if "scale" in e["y"]]
+    assert all(scale["type"] == "log" for scale in scales)
+    low, high = scales[0]["domain"]  # of attn_out, 4, whose band reaches from 2 to 8
+    assert low < 2
+    assert high > 8
+
+
+def test_a_norm_of_0_is_a_gap_on_a_logarithmic_axis() -> None:
+    spec = draw("norms", A, table=norms_table(A, mlp=0.0))
+    assert y_titles(spec) == ["norm of attn_out", "norm of resid_pre", "‖attn_out‖ / ‖resid_pre‖"]
+
+
+def test_the_data_of_a_chart_is_held_once() -> None:
+    shared = [rows for rows in draw("lens", A, B)["datasets"].values() if rows != [{}]]
+    assert len(shared) == 1

@@ -1,0 +1,123 @@
+"""Findings: written whole, found again by their key, and only the newest shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from layerlake.catalog.errors import CorruptRun
+from layerlake.catalog.findings import (
+    Finding,
+    FindingKey,
+    list_findings,
+    merge_findings,
+    newest_findings,
+    read_finding,
+    write_finding,
+)
+from layerlake.catalog.stores import Store
+from layerlake.catalog.tables import to_parquet
+
+KEY = FindingKey("lens", 1, "tiny-0", {"scale": "own"}, {"resid": {"n_tokens": 36, "partitions": [0, 1]}})
+
+
+def finding(key: FindingKey = KEY, *values: float) -> Finding:
+    rows = values or (1.5, 2.5)
+    main = pa.table({"run": [key.run] * len(rows), "entropy_bits": rows})
+    return Finding(key.analysis, {"lens": main, "lens_tokens": main.slice(1)}, (key,))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def test_the_digest_is_stable() -> None:
+    """It names objects in lakes that exist: another digest would compute everything anew."""
+    assert KEY.digest == "5cd73b3f1248905a"
+
+
+def test_the_digest_depends_on_every_field_and_on_no_order() -> None:
+    others = [
+        replace(KEY, analysis="cka"),
+        replace(KEY, version=2),
+        replace(KEY, run="tiny-1"),
+        replace(KEY, params={"scale": "final"}),
+        replace(KEY, extents={"resid": {"n_tokens": 37, "partitions": [0, 1]}}),
+    ]
+    assert len({KEY.digest, *(key.digest for key in others)}) == 6
+    one, two = replace(KEY, params={"a": 1, "b": 2}), replace(KEY, params={"b": 2, "a": 1})
+    assert one.digest == two.digest
+
+
+def test_what_is_written_is_read(store: Store) -> None:
+    written = finding()
+    assert read_finding(store, KEY, written.tables) is None
+    write_finding(store, written)
+    found = read_finding(store, KEY, written.tables)
+    assert found == written
+    assert found is not None
+    assert found.table == written.tables["lens"]
+    assert found.runs == ("tiny-0",)
+    assert found.df()["entropy_bits"].tolist() == [1.5, 2.5]
+
+
+def test_a_finding_without_its_main_table_is_absent(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that dies has written the main table last, or not at all."""
+    written: list[str] = []
+    write = Store.write
+
+    def die_at_the_main_table(self: Store, name: str, content: bytes) -> None:
+        if "/lens/" in name:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(self, name, content)
+
+    monkeypatch.setattr(Store, "write", die_at_the_main_table)
+    with pytest.raises(KeyboardInterrupt):
+        write_finding(store, finding())
+    assert len(written) == 1
+    assert read_finding(store, KEY, ["lens", "lens_tokens"]) is None
+
+
+def test_stored_tables_are_listed_with_their_keys(store: Store) -> None:
+    assert list_findings(store) == []
+    write_finding(store, finding())
+    tables = {table.view: table for table in list_findings(store)}
+    assert set(tables) == {"lens", "lens_tokens"}
+    assert (tables["lens"].n_rows, tables["lens_tokens"].n_rows) == (2, 1)
+    assert tables["lens"].key == KEY
+    assert tables["lens"].finding == KEY.digest
+    assert store.exists(tables["lens"].path)
+    assert [table.view for table in list_findings(store, "lens_tokens")] == ["lens_tokens"]
+
+
+def test_a_stray_parquet_is_named(store: Store) -> None:
+    store.write("findings/lens/0123/part-00000.parquet", to_parquet(pa.table({"a": [1]})))
+    with pytest.raises(CorruptRun, match="findings/lens/0123"):
+        list_findings(store)
+
+
+def test_only_the_newest_extent_and_version_are_shown(store: Store) -> None:
+    longer = replace(KEY, extents={"resid": {"n_tokens": 99, "partitions": [0, 1, 2]}})
+    newer = replace(KEY, version=2)
+    other = replace(KEY, params={"scale": "final"})
+    elsewhere = replace(KEY, run="tiny-1")
+    for key in (longer, KEY, newer, other, elsewhere):
+        write_finding(store, finding(key))
+    shown = {table.key.digest for table in newest_findings(list_findings(store, "lens"))}
+    assert shown == {newer.digest, other.digest, elsewhere.digest}
+    without_newer = [table for table in list_findings(store, "lens") if table.key != newer]
+    shown = {table.key.digest for table in newest_findings(without_newer)}
+    assert shown == {longer.digest, other.digest, elsewhere.digest}
+
+
+def test_findings_of_several_runs_are_stacked() -> None:
+    other = replace(KEY, run="tiny-1")
+    merged = merge_findings([finding(), finding(other, 9.0, 8.0, 7.0)])
+    assert merged.runs == ("tiny-0", "tiny-1")
+    assert merged.table["entropy_bits"].to_pylist() == [1.5, 2.5, 9, 8, 7]
+    assert merged.tables["lens_tokens"].num_rows == 3

@@ -1,0 +1,95 @@
+"""The manifest log: whole snapshots, created only if absent, the last one the truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+
+from layerlake.catalog.errors import CorruptRun, FormatError
+from layerlake.catalog.layout import FORMAT_VERSION
+from layerlake.catalog.manifest import Manifest, commit_manifest, read_manifest
+from layerlake.catalog.run import Run
+from layerlake.catalog.shapes import ModelShape
+from layerlake.catalog.stores import Store
+
+
+@pytest.fixture
+def run(make_run: Callable[..., Run]) -> Run:
+    return make_run()
+
+
+def test_a_snapshot_survives_json(run: Run) -> None:
+    manifest = run.manifest
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+    assert manifest.number == 1
+    assert manifest.captures[0]["sites"] == sorted(manifest.sites)
+
+
+def test_the_newest_snapshot_is_read_and_the_older_stay(run: Run) -> None:
+    second = commit_manifest(run.store, dataclasses.replace(run.manifest, dataset="more"))
+    for _ in range(9):
+        last = commit_manifest(run.store, read_manifest(run.store, run.run_id) or second)
+    assert last.number == 11
+    assert read_manifest(run.store, run.run_id) == last
+    names = run.store.list(f"runs/{run.run_id}/log")
+    assert names[0] == "00000001.json"
+    assert len(names) == 11
+
+
+def test_no_run_no_manifest(run: Run) -> None:
+    assert read_manifest(run.store, "nothing-00000000") is None
+
+
+def test_the_second_to_commit_is_told(run: Run) -> None:
+    commit_manifest(run.store, run.manifest)
+    before = run.store.read(f"runs/{run.run_id}/log/00000002.json")
+    with pytest.raises(FileExistsError):
+        commit_manifest(run.store, dataclasses.replace(run.manifest, dataset="late"))
+    assert run.store.read(f"runs/{run.run_id}/log/00000002.json") == before
+
+
+@pytest.mark.parametrize("url", ["folder", "memory://manifest-race"])
+def test_of_many_that_commit_at_once_one_wins(run: Run, tmp_path: Path, url: str) -> None:
+    store = Store(url if "://" in url else tmp_path / url)
+    barrier = Barrier(8)
+
+    def commit(i: int) -> bool:
+        barrier.wait()
+        try:
+            commit_manifest(store, dataclasses.replace(run.manifest, dataset=str(i)))
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(commit, range(8)))
+    found = read_manifest(store, run.run_id)
+    assert won.count(True) == 1
+    assert found is not None
+    assert found.dataset == str(won.index(True))
+    store.delete("")
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, None, "1"])
+def test_a_newer_format_is_refused(run: Run, version: object) -> None:
+    value = run.manifest.to_json() | {"format_version": version}
+    with pytest.raises(FormatError, match=str(version)) as caught:
+        Manifest.from_json(value)
+    assert "Upgrade" in caught.value.hint
+
+
+def test_a_missing_field_is_named(run: Run) -> None:
+    value = run.manifest.to_json()
+    del value["geometry"]
+    with pytest.raises(CorruptRun, match="geometry"):
+        Manifest.from_json(value)
+
+
+def test_what_a_later_version_adds_to_a_shape_is_ignored(run: Run) -> None:
+    assert ModelShape.from_json(run.shape.to_json() | {"n_experts": 8}) == run.shape
