@@ -43,6 +43,25 @@ _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _INK, _GREY = "#222222", "#888888"
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])  # from the 8th run on, when the colours come round again
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+_TEXT = {"labelColor": "#444444", "titleColor": _INK, "titleFontSize": 12, "titleFontWeight": "normal"}
+_CONFIG = {
+    "font": _FONT,
+    "background": "white",
+    "padding": 4,
+    "view": {"stroke": None},
+    "axis": _TEXT
+    | {
+        "labelFontSize": 11,
+        "titlePadding": 8,
+        "gridColor": "#ececec",
+        "domainColor": "#999999",
+        "tickColor": "#999999",
+    },
+    "legend": _TEXT | {"labelFontSize": 12, "labelLimit": 320},
+    "title": {"color": _INK, "fontSize": 12, "fontWeight": 600, "anchor": "start", "offset": 6},
+}
+"""The look of all charts."""
+
 _LOG_STEPS = ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8))
 """Ticks of a logarithmic axis in each decade, from few to many."""
 
@@ -281,15 +300,10 @@ def concat(
     if not charts:
         void = alt.Chart(alt.InlineData(values=[{}])).mark_text(color=_GREY, fontSize=12, text="no values")
         charts = [void.properties(width=300, height=60)]
-    quiet = {"labelColor": "#444444", "titleColor": _INK, "titleFontSize": 12, "titleFontWeight": "normal"}
-    axis = {"labelFontSize": 11, "titlePadding": 8, "gridColor": "#ececec", "domainColor": "#999999"}
-    chart: alt.ConcatChart = (
-        alt.concat(*charts, columns=columns, spacing={"row": 24, "column": 20})
-        .configure(font=_FONT, background="white", padding=4)
-        .configure_view(stroke=None)
-        .configure_axis(**quiet, **axis, tickColor="#999999")
-        .configure_legend(**quiet, labelFontSize=12, labelLimit=320)
-        .configure_title(color=_INK, fontSize=12, fontWeight=600, anchor="start", offset=6)
-        .resolve_scale(**resolve)
+    return alt.ConcatChart(
+        concat=charts,
+        columns=columns,
+        spacing={"row": 24, "column": 20},
+        resolve={"scale": resolve},
+        config=_CONFIG,
     )
-    return chart

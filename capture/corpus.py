@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..catalog.errors import CorpusError, did_you_mean
+from ..catalog.errors import CorpusError, MissingExtra, did_you_mean
 from .placement import EncodedDocument
 
 if TYPE_CHECKING:
@@ -105,8 +106,6 @@ def open_corpus(
 
 
 def _open_file(path: Path, sample_by: str) -> Any:
-    import datasets
-
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
         raise CorpusError(
@@ -122,7 +121,12 @@ def _open_file(path: Path, sample_by: str) -> Any:
             )
         options["sample_by"] = _SAMPLE_BY[sample_by]
     try:
-        return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
+        # By its builder, because load_dataset tells the hub of every file that it opens, local ones included.
+        builder = import_module(f"datasets.packaged_modules.{kind}.{kind}")
+        opened = getattr(builder, kind.capitalize())(data_files=str(path), **options)
+        return opened.as_streaming_dataset(split="train")
+    except ImportError as error:
+        raise MissingExtra("datasets", "capture") from error
     except Exception as error:
         raise CorpusError(f"The dataset '{path}' cannot be read as {kind}: {error}") from error
 

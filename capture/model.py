@@ -181,7 +181,7 @@ def describe_model(
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _folder_digest(path: Path) -> str:
@@ -244,6 +244,9 @@ def _open_tokenizer(
             f"'{source}' has no tokenizer that transformers reads: {_first_line(error)}",
             hint="Name another: --tokenizer PATH_OR_ID.",
         ) from error
+    if set(opened.get_vocab().values()) <= set(opened.all_special_ids):
+        # transformers makes an empty one of the model's family where there are no files.
+        raise ModelError(f"'{source}' has no tokenizer.", hint="Name another: --tokenizer PATH_OR_ID.")
     return opened
 
 
@@ -442,8 +445,10 @@ def open_model(
     with _quietly(), tempfile.TemporaryDirectory() as folder:
         location = description.location
         if description.loaded is not None:
-            # The bridge reads the config by name even when it is given the model.
-            description.loaded.config.save_pretrained(folder)
+            # The bridge reads the config by name even when it is given the model, and finds its adapter by the class.
+            config = copy.deepcopy(description.loaded.config)
+            config.architectures = [type(description.loaded).__name__]
+            config.save_pretrained(folder)
             location = folder
             options["hf_model"] = _own_copy(description.loaded, chosen, dtype)
         try:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..catalog.errors import SelfCheckFailed
+from ..catalog.errors import AdapterMismatch, SelfCheckFailed
+from ..catalog.layout import n_pairs
+from ..catalog.shapes import ModelShape
+from ..catalog.sites import SITES
 from .hooks import hook_name, listen, pad, unpad
 
 if TYPE_CHECKING:
@@ -108,8 +111,29 @@ def _run(
         else:
             model.body(padded, use_cache=False)
             logits = torch.zeros(0)
+    _require_shapes(kept, wanted, model.shape, lengths)
     values = {site: np.stack([_numpy(kept[name]) for name in names]) for site, names in wanted.items()}
     return values, _numpy(logits)
+
+
+def _require_shapes(
+    kept: dict[str, torch.Tensor],
+    wanted: dict[str, list[str]],
+    shape: ModelShape,
+    lengths: Sequence[int],
+) -> None:
+    """Raise AdapterMismatch unless every hook was called with a value of its site's shape."""
+    for site, names in wanted.items():
+        width, is_pair = SITES[site].width(shape), SITES[site].rows == "pair"
+        expected = (width, sum(map(n_pairs, lengths))) if is_pair else (sum(lengths), width)
+        for name in names:
+            found = tuple(kept[name].shape) if name in kept else None
+            if found != expected:
+                what = f"gives values of shape {found}, not {expected}" if found else "is never called"
+                raise AdapterMismatch(
+                    f"TransformerLens's hook '{name}' {what} in this {shape.family} model.",
+                    hint=f"Leave {site} out with --sites.",
+                )
 
 
 def _numpy(tensor: torch.Tensor) -> npt.NDArray[np.float32]:

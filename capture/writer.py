@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
-from zarr.storage import WrapperStore
 
 from ..catalog.errors import CorruptRun
 from ..catalog.layout import activations_path, array_spec, shard_name
 from ..catalog.manifest import Manifest
 from ..catalog.sites import SITES
 from ..catalog.stores import Store
-
-if TYPE_CHECKING:
-    from zarr.abc.store import Store as ZarrStore
-    from zarr.core.buffer import Buffer
+from .shard import checksum, encode_shard
 
 __all__ = ["PartitionBuffer", "create_arrays", "write_partition"]
 
@@ -93,45 +88,29 @@ def write_partition(
     store : Store
         The lake's objects.
     manifest : Manifest
-        The run, with the partition's sites; its arrays exist.
+        The run, with the partition; its arrays exist.
     partition : int
         The partition's index.
     arrays : mapping
-        site → the whole partition, as in :class:`PartitionBuffer`. Chunks of zeros are not written, unless
-        the shard has no others.
+        site → the whole partition, as in :class:`PartitionBuffer`. Chunks without a used row are not written.
     """
-    recorder = _Recorder(store.zarr_store(activations_path(manifest.run_id), read_only=False))
+    (used,) = (p for p in manifest.partitions if p.index == partition)
 
     def write(name: str, layer: int) -> dict[str, Any]:
-        site, array = SITES[name], zarr.open_array(recorder, path=name, mode="r+")
-        rows = manifest.geometry.partition_rows(site)
-        span = slice(partition * rows, (partition + 1) * rows)
-        values = arrays[name][layer]
-        if not values.any():  # zarr writes no chunk of zeros, and a missing shard means a loss
-            array = array.with_config({"write_empty_chunks": True})
-        if site.rows == "pair":
-            array[layer, :, span] = values
-        else:
-            array[layer, span] = values
+        site, values = SITES[name], arrays[name][layer]
+        is_pair = site.rows == "pair"
+        shard = encode_shard(
+            values[:, :, None] if is_pair else values[None],
+            chunk_rows=manifest.geometry.chunk_rows[name],
+            n_used=used.n_pairs if is_pair else used.n_rows,
+        )
         key = shard_name(site, layer, partition)
-        nbytes, crc = recorder.written[key]
+        store.write(f"{activations_path(manifest.run_id)}/{key}", memoryview(shard))
         return {
-            "name": key, "site": name, "layer": layer, "partition": partition, "nbytes": nbytes, "crc32c": crc,
+            "name": key, "site": name, "layer": layer, "partition": partition, "nbytes": len(shard),
+            "crc32c": f"{checksum(shard):08x}",
         }  # fmt: skip
 
     shards = [(name, layer) for name in arrays for layer in range(SITES[name].n_layers(manifest.shape))]
     with ThreadPoolExecutor(_WRITE_THREADS) as pool:
         return list(pool.map(lambda shard: write(*shard), shards))
-
-
-class _Recorder(WrapperStore["ZarrStore"]):
-    """Passes everything on, and notes the length and the checksum of every object it writes."""
-
-    def __init__(self, store: ZarrStore) -> None:
-        super().__init__(store)
-        self.written: dict[str, tuple[int, str]] = {}
-
-    async def set(self, key: str, value: Buffer) -> None:
-        content = value.to_bytes()
-        self.written[key] = (len(content), f"{google_crc32c.value(content):08x}")
-        await super().set(key, value)

@@ -95,7 +95,7 @@ class Store:
         except ValueError as error:
             raise CorruptRun(f"{self.url}/{name} is not JSON: {error}") from error
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes | memoryview) -> None:
         """Write or replace an object, all at once."""
         self._put(name, content, create=False)
 
@@ -103,11 +103,11 @@ class Store:
         """Write an object that must not exist yet; FileExistsError if it does. Atomic: one of many wins."""
         self._put(name, content, create=True)
 
-    def _put(self, name: str, content: bytes, *, create: bool) -> None:
+    def _put(self, name: str, content: bytes | memoryview, *, create: bool) -> None:
         path = self._path(name)
         if not self.is_local:
             with _MEMORY if isinstance(self._fs, MemoryFileSystem) else nullcontext():
-                self._fs.pipe_file(path, content, mode="create" if create else "overwrite")
+                self._fs.pipe_file(path, bytes(content), mode="create" if create else "overwrite")
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -107,6 +108,12 @@ def draw(name: str, *series: Series, table: pa.Table | None = None, validate: bo
     return spec
 
 
+@cache
+def drawn(name: str, *series: Series) -> Spec:
+    """The chart of the default table; drawn once for all tests that only look at it."""
+    return draw(name, *series)
+
+
 def rows_of(spec: Spec) -> list[dict[str, Any]]:
     return [row for rows in spec["datasets"].values() for row in rows]
 
@@ -122,7 +129,7 @@ def y_titles(spec: Spec) -> list[str]:
 
 @pytest.mark.parametrize("name", CHARTS)
 def test_charts_are_pure(name: str) -> None:
-    assert draw(name, A, B) == draw(name, A, B)
+    assert draw(name, A, B) == drawn(name, A, B)
 
 
 @pytest.mark.parametrize("name", CHARTS)
@@ -140,7 +147,7 @@ def test_no_row_gives_a_chart_that_says_so(name: str) -> None:
 
 @pytest.mark.parametrize("name", LINES)
 def test_a_run_has_one_colour(name: str) -> None:
-    both = [e["color"] for e in encodings(draw(name, A, B)) if "color" in e]
+    both = [e["color"] for e in encodings(drawn(name, A, B)) if "color" in e]
     assert both
     for color in both:
         assert color["scale"]["domain"] == ["model a", "model b"]
@@ -154,7 +161,7 @@ def test_a_run_has_one_colour(name: str) -> None:
 def test_the_first_seven_colours_differ_and_then_dashes_do() -> None:
     nine = [Series(f"r{i}", f"m{i}", 2) for i in range(9)]
     assert len(set(charts.series_colors(nine[:7]).values())) == 7
-    spec = draw("lens", *nine)
+    spec = drawn("lens", *nine)
     (dash, *_) = [e["strokeDash"]["scale"]["range"] for e in encodings(spec) if "strokeDash" in e]
     looks = zip(charts.series_colors(nine).values(), map(tuple, dash), strict=True)
     assert len(set(looks)) == 9
@@ -163,18 +170,18 @@ def test_the_first_seven_colours_differ_and_then_dashes_do() -> None:
 
 @pytest.mark.parametrize("name", CHARTS)
 def test_only_the_series_are_drawn(name: str) -> None:
-    assert draw(name, A, table=CHARTS[name][1](A, B)) == draw(name, A)
+    assert draw(name, A, table=CHARTS[name][1](A, B)) == drawn(name, A)
 
 
 def test_boundaries_stand_at_i_over_l_and_layers_in_the_middle_of_their_block() -> None:
-    lens, neurons = rows_of(draw("lens", A, B)), rows_of(draw("neurons", A, B))
+    lens, neurons = rows_of(drawn("lens", A, B)), rows_of(drawn("neurons", A, B))
     assert [row["depth"] for row in lens if row["model"] == "model a"] == [0, 0.5, 1]
     assert [row["depth"] for row in neurons if row["model"] == "model a"] == [0.25, 0.75]
     assert [row["depth"] for row in neurons if row["model"] == "model b"] == [0.125, 0.375, 0.625, 0.875]
 
 
 def test_lens_shows_units_and_bands() -> None:
-    spec = draw("lens", A)
+    spec = drawn("lens", A)
     assert y_titles(spec) == [
         "entropy of the lens (bits)",
         "KL(final ‖ lens) (nats)",
@@ -204,7 +211,7 @@ def test_a_panel_without_a_value_is_left_out() -> None:
 
 
 def test_cka_colours_span_0_to_1_and_values_stay_as_they_are() -> None:
-    spec = draw("cka", A)
+    spec = drawn("cka", A)
     (color,) = [e["color"] for e in encodings(spec) if "color" in e]
     assert color["scale"] == {"clamp": True, "domain": [0, 1], "scheme": "viridis"}
     values = {(row["a"], row["b"]): row["cka"] for row in rows_of(spec)}
@@ -213,7 +220,7 @@ def test_cka_colours_span_0_to_1_and_values_stay_as_they_are() -> None:
 
 
 def test_cka_is_the_same_from_half_a_table() -> None:
-    assert rows_of(draw("cka", B, table=cka_table(B, upper_only=True))) == rows_of(draw("cka", B))
+    assert rows_of(draw("cka", B, table=cka_table(B, upper_only=True))) == rows_of(drawn("cka", B))
 
 
 def test_a_cka_cell_without_a_value_is_grey_and_says_why() -> None:
@@ -228,30 +235,30 @@ def test_a_cka_cell_without_a_value_is_grey_and_says_why() -> None:
 
 
 def test_cka_has_one_panel_a_run() -> None:
-    assert [panel["title"] for panel in draw("cka", A, B)["concat"]] == ["model a", "model b"]
+    assert [panel["title"] for panel in drawn("cka", A, B)["concat"]] == ["model a", "model b"]
 
 
 def test_a_class_without_a_row_has_density_0() -> None:
-    rows = rows_of(draw("neurons", A))
+    rows = rows_of(drawn("neurons", A))
     assert [(row["prediction"], row["suppression"]) for row in rows] == [(0, 0), (1 / 16, 0)]
     assert [row["prediction_n"] for row in rows] == [0, 1]
 
 
 def test_attention_is_that_on_the_previous_five_tokens_beside_uniform_attention() -> None:
-    rows = rows_of(draw("attention", A))
+    rows = rows_of(drawn("attention", A))
     assert [(row["cumulative_weight"], row["uniform_weight"], row["bos_weight"]) for row in rows] == [
         (0.1, 0.05, 0.25)
     ] * 2
-    dashed = [e["y"]["field"] for e in encodings(draw("attention", A))]
+    dashed = [e["y"]["field"] for e in encodings(drawn("attention", A))]
     assert dashed == ["uniform_weight", "cumulative_weight", "bos_weight"]
 
 
 def test_distances_are_those_of_the_paper() -> None:
-    assert {row["distance"] for row in rows_of(draw("distances", A, B))} == {1, 2, 4, 8, 16}
+    assert {row["distance"] for row in rows_of(drawn("distances", A, B))} == {1, 2, 4, 8, 16}
 
 
 def test_norms_have_logarithmic_axes_that_hold_them_and_show_the_ratio() -> None:
-    spec = draw("norms", A)
+    spec = drawn("norms", A)
     (ratio,) = {row["ratio"] for row in rows_of(spec) if row}
     assert ratio == 2
     scales = [e["y"]["scale"] for e in encodings(spec) if "scale" in e["y"]]
@@ -267,5 +274,5 @@ def test_a_norm_of_0_is_a_gap_on_a_logarithmic_axis() -> None:
 
 
 def test_the_data_of_a_chart_is_held_once() -> None:
-    shared = [rows for rows in draw("lens", A, B)["datasets"].values() if rows != [{}]]
+    shared = [rows for rows in drawn("lens", A, B)["datasets"].values() if rows != [{}]]
     assert len(shared) == 1

@@ -45,7 +45,12 @@ class Family:
     final_norm: str
 
 
-_SIZES = {"num_attention_heads": 4, "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 0}
+_SIZES: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 FAMILIES = {
     "gpt2": Family(
@@ -110,7 +115,7 @@ def build_tokenizer(**special: str | None) -> transformers.PreTrainedTokenizerFa
 @pytest.fixture(scope="session")
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A tokenizer with a BOS token, made in Python: it has no name that it could be loaded by."""
-    return build_tokenizer(bos_token="<|end|>", eos_token="<|end|>")
+    return build_tokenizer(bos_token="<|end|>", eos_token="<|end|>")  # noqa: S106  # no password
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +143,8 @@ def build_model(name: str, n_vocab: int, *, seed: int = 0, **overrides: Any) -> 
         for parameter in model.parameters():
             scale = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
             parameter.add_(scale * torch.randn_like(parameter))
-    return model.eval()
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -32,9 +32,9 @@ def test_a_snapshot_survives_json(run: Run) -> None:
 
 
 def test_the_newest_snapshot_is_read_and_the_older_stay(run: Run) -> None:
-    second = commit_manifest(run.store, dataclasses.replace(run.manifest, dataset="more"))
-    for _ in range(9):
-        last = commit_manifest(run.store, read_manifest(run.store, run.run_id) or second)
+    last = run.manifest
+    for number in range(10):
+        last = commit_manifest(run.store, dataclasses.replace(last, dataset=str(number)))
     assert last.number == 11
     assert read_manifest(run.store, run.run_id) == last
     names = run.store.list(f"runs/{run.run_id}/log")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import dask
@@ -136,7 +137,7 @@ def test_masked_tokens_are_positions_1_to_n_minus_2_with_their_next_token(run: R
     tokens = run.tokens.to_pylist()
     expected = [
         here | {"next_token_id": following["token_id"]}
-        for here, following in zip(tokens, tokens[1:], strict=False)
+        for here, following in pairwise(tokens)
         if here["document"] == following["document"] and here["position"] > 0
     ]
     assert run.masked_tokens.to_pylist() == expected

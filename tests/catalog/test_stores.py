@@ -109,7 +109,7 @@ def test_what_is_absent_is_said_to_be(store: Store) -> None:
 
 def test_what_is_not_json_is_corrupt(store: Store) -> None:
     store.write("x.json", b"{")
-    with pytest.raises(CorruptRun, match="x.json is not JSON"):
+    with pytest.raises(CorruptRun, match=r"x\.json is not JSON"):
         store.read_json("x.json")
 
 
