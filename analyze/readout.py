@@ -29,7 +29,7 @@ MEASURES = (
 """What is known of each token at each boundary, in the order of :func:`compare_distributions`'s last axis."""
 
 CLAMP = 1e-9
-"""The authors raise every probability to at least this before they take the entropy (their notebook ``entropy_calculation``)."""
+"""The authors raise every probability to at least this before they take the entropy."""
 
 _COLUMNS = 1024  # of the vocabulary at a time: four blocks of 256 tokens stay in a core's cache
 _LOWEST = -1e30  # a maximum before anything was seen; finite, so that rescaling nothing gives nothing

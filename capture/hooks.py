@@ -105,4 +105,5 @@ def _triangle(length: int, device: torch.device) -> torch.Tensor:
     import torch
 
     queries, keys = torch.tril_indices(length, length, device=device)
-    return queries * length + keys
+    flat: torch.Tensor = queries * length + keys
+    return flat

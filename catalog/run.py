@@ -96,7 +96,7 @@ class Run:
 
     @cached_property
     def objects(self) -> pa.Table:
-        """One row a written shard: name, site, layer, partition, nbytes, crc32c (``tables.OBJECTS``)."""
+        """One row a written shard: name, site, layer, partition, nbytes, crc32 (``tables.OBJECTS``)."""
         return self._table("objects", OBJECTS)
 
     def _table(self, name: str, schema: pa.Schema) -> pa.Table:

@@ -57,7 +57,7 @@ OBJECTS = pa.schema(
         pa.field("layer", pa.int32(), nullable=False),
         pa.field("partition", pa.int32(), nullable=False),
         pa.field("nbytes", pa.int64(), nullable=False),
-        pa.field("crc32c", pa.string(), nullable=False),
+        pa.field("crc32", pa.string(), nullable=False),  # not crc32c: see capture.writer
     ]
 )
 

@@ -73,16 +73,14 @@ def test_listening_ends_with_the_block_even_if_it_raises(opened: OpenModel) -> N
 
 def test_the_lm_head_is_not_run(opened: OpenModel, make_spec: Callable[..., CaptureSpec]) -> None:
     calls: list[str] = []
-    head: Any = opened.bridge.original_model.get_output_embeddings()
-    tap = head.register_forward_hook(lambda *_: calls.append("head"))
-    frozen = plan_capture(make_spec()).frozen
-    assert frozen is not None
-    plan = plan_capture(make_spec())
-    documents = execute._documents(plan, "unused")  # noqa: SLF001
-    for work in frozen.work:
-        run_partition(opened, frozen.manifest, work, documents)
-    assert calls == []
     whole: Any = opened.bridge.original_model
+    tap = whole.get_output_embeddings().register_forward_hook(lambda *_: calls.append("head"))
+    plan = plan_capture(make_spec())
+    assert plan.frozen is not None
+    documents = execute._documents(plan, "unused")  # noqa: SLF001
+    for work in plan.frozen.work:
+        run_partition(opened, plan.manifest, work, documents)
+    assert calls == []
     whole(torch.ones((1, 3), dtype=torch.int64))
     tap.remove()
     assert calls == ["head"]
