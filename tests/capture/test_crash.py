@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import random
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from layerlake.capture import execute, phases
@@ -289,6 +291,7 @@ def test_it_may_die_at_any_object(make_run: MakeRun, tmp_path: Path, monkeypatch
             make_run(lake)
         except Crash:
             n_left = -2
+            sync(_settle())
         else:
             break
         if run_ids(lake):
@@ -298,6 +301,11 @@ def test_it_may_die_at_any_object(make_run: MakeRun, tmp_path: Path, monkeypatch
         assert run_ids(lake) == [whole.run_id]
         assert contents(lake) == expected, n_writes
     assert n_writes > len(expected)
+
+
+async def _settle() -> None:
+    """Wait for the writes that zarr had under way beside the one that died: a killed process would have none."""
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
 
 
 def _kill_after(process: subprocess.Popen[bytes], seconds: float) -> None:
