@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import zarr
 from zarr.codecs import Crc32cCodec
+from zarr.errors import ContainsArrayError
 
 from ..catalog.layout import model_path
 from ..catalog.stores import Store
@@ -28,6 +30,8 @@ def write_model(
 ) -> None:
     """Write a model unless it is there already; ``model.json`` comes last and says that the rest is whole.
 
+    Nothing is deleted, so that several may write the same model at once.
+
     Parameters
     ----------
     store : Store
@@ -44,12 +48,14 @@ def write_model(
     folder = model_path(model_id)
     if store.exists(f"{folder}/model.json"):
         return
-    group = zarr.open_group(store.zarr_store(f"{folder}/weights.zarr", read_only=False), mode="w")
+    group = zarr.open_group(store.zarr_store(f"{folder}/weights.zarr", read_only=False), mode="a")
     for name, values in weights.items():
         chunks = (1, *values.shape[1:]) if values.ndim == 3 else values.shape
-        array = group.create_array(
-            name, shape=values.shape, chunks=chunks, dtype="float32", compressors=(Crc32cCodec(),)
-        )
-        array[...] = values
+        # One that is there is of an attempt that died, or of another capture of this model: the same numbers.
+        with suppress(ContainsArrayError):
+            group.create_array(
+                name, shape=values.shape, chunks=chunks, dtype="float32", compressors=(Crc32cCodec(),)
+            )
+        zarr.open_array(group.store, path=name, mode="r+")[...] = values
     store.write(f"{folder}/vocab.parquet", to_parquet(vocab))
     store.write_json(f"{folder}/model.json", dict(card))

@@ -143,9 +143,10 @@ def check_creatable(store: Store) -> None:
     FormatError
         It is a lake of a newer format.
     """
-    if store.exists(LAKE_MARKER):
+    names = store.list("")
+    if LAKE_MARKER in names:
         _check_format(store)
-    elif store.list(""):
+    elif names:
         raise LakeNotFound(
             f"'{store.url}' is not a lake, and it is not empty.", hint="Name a new or an empty folder."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import transformers
 
 from layerlake.capture.execute import capture_run, execute_plan
 from layerlake.capture.plan import CapturePlan, CaptureSpec, plan_capture
+from layerlake.catalog import layout
 from layerlake.catalog.errors import CorpusError, FormatError, LakeNotFound, PlanError, SiteNotFound
 from layerlake.catalog.sites import SITES
 
@@ -59,6 +61,22 @@ def test_a_plan_writes_nothing_and_comes_true(
     assert numbers["documents_refused"] == run.manifest.n_refused
     assert numbers["partitions"] == len(run.manifest.partitions)
     assert numbers["bos_token_id"] == run.manifest.bos_token_id
+
+
+def test_only_the_chunks_that_documents_touch_are_counted_and_written(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "CHUNK_NBYTES", 1 << 13)
+    plan = plan_capture(make_spec(partition_tokens=1024), tmp_path / "lake")
+    rows, pairs = (plan.manifest.geometry.chunk_rows[site] for site in ("resid", "pattern"))
+    (partition,) = plan.manifest.partitions
+    run = execute_plan(plan, tmp_path / "lake")
+    counted = {cost.site: cost.nbytes for cost in plan.costs}
+    assert counted["resid"] == 4 * -(-partition.n_rows // rows) * rows * 32 * 4 < 4 * 1024 * 32 * 4
+    assert counted["pattern"] == 3 * 4 * -(-partition.n_pairs // pairs) * pairs * 4
+    for site, nbytes in counted.items():
+        index = 16 * math.prod(run.array(site).shape) // math.prod(run.array(site).chunks)
+        assert sum(sizes_on_disk(tmp_path / "lake", plan, site)) - index == pytest.approx(nbytes, rel=0.01)
 
 
 def test_planning_over_a_lake_leaves_it_untouched(make_spec: MakeSpec, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The models and texts lie beside the repository and are not part of it; where the
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ class Real:
     """``[token, d_model]``: what the final norm is given."""
     loss_nats: float
     """The model's mean loss over the evaluation mask."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads wait for each other longer than these models compute, where other processes take the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=list(TEXT_OF))
