@@ -445,12 +445,10 @@ def open_model(
     with _quietly(), tempfile.TemporaryDirectory() as folder:
         location = description.location
         if description.loaded is not None:
-            # The bridge reads the config by name even when it is given the model, and finds its adapter by the class.
-            config = copy.deepcopy(description.loaded.config)
-            config.architectures = [type(description.loaded).__name__]
-            config.save_pretrained(folder)
+            # The bridge reads the config by name even when it is given the model.
+            options["hf_model"] = own = _own_copy(description.loaded, chosen, dtype)
+            own.config.save_pretrained(folder)
             location = folder
-            options["hf_model"] = _own_copy(description.loaded, chosen, dtype)
         try:
             bridge = TransformerBridge.boot_transformers(
                 location,
@@ -496,6 +494,9 @@ def _own_copy(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) 
     parameters = [p for p in model.parameters() if p.dtype == dtype or not p.is_floating_point()]
     shared = {id(t): t for t in (*parameters, *model.buffers()) if t.device == device}
     own: PreTrainedModel = copy.deepcopy(model, shared)
+    own.config.architectures = [
+        type(model).__name__
+    ]  # as in a saved model: the bridge finds its adapter by it
     own.eval().to(device)
     for parameter in own.parameters():  # buffers, such as rotary frequencies, keep their precision
         if parameter.is_floating_point():

@@ -249,3 +249,15 @@ def test_a_local_file_is_nobody_else_s_business(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "text.txt").write_text("a fox\n\na dog")
     assert texts(tmp_path / "text.txt") == ["a fox", "a dog"]
     assert asked == []
+
+
+def test_a_hub_dataset_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host\nand more")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
+    with pytest.raises(
+        CorpusError, match=r"neither a local file nor .* from the hub: no route to host$"
+    ) as caught:
+        open_corpus("roneneldan/TinyStories")
+    assert "local txt" in caught.value.hint
