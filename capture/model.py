@@ -494,9 +494,8 @@ def _own_copy(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) 
     parameters = [p for p in model.parameters() if p.dtype == dtype or not p.is_floating_point()]
     shared = {id(t): t for t in (*parameters, *model.buffers()) if t.device == device}
     own: PreTrainedModel = copy.deepcopy(model, shared)
-    own.config.architectures = [
-        type(model).__name__
-    ]  # as in a saved model: the bridge finds its adapter by it
+    # As in a saved model: the bridge finds its adapter by it.
+    own.config.architectures = [type(model).__name__]
     own.eval().to(device)
     for parameter in own.parameters():  # buffers, such as rotary frequencies, keep their precision
         if parameter.is_floating_point():
