@@ -14,8 +14,9 @@ import pyarrow as pa
 from ..catalog.lake import create_lake
 from ..catalog.run import Run
 from ..catalog.stores import Store
+from .description import vocab_table
 from .frozen import FrozenPlan
-from .model import OpenModel, open_model, vocab_table
+from .model import OpenModel, open_model
 from .model_store import write_model
 from .partition import PlacedDocument, run_partition
 from .phases import (

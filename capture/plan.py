@@ -20,8 +20,9 @@ from ..catalog.sizes import parse_count, parse_nbytes
 from ..catalog.stores import Store
 from ..catalog.tables import DOCUMENTS, TOKENS
 from .corpus import Corpus, encode_corpus, open_corpus, resolve_bos
+from .description import ModelDescription, describe_model, slug
 from .frozen import FrozenPlan, PartitionWork, digest_json
-from .model import ModelDescription, describe_model, require_compute_dtype, slug
+from .model import require_compute_dtype
 from .phases import read_open_capture
 from .placement import EncodedDocument, Placement, batch_documents, place_documents
 

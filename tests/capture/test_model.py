@@ -14,8 +14,9 @@ import pytest
 import torch
 import transformers
 
+from layerlake.capture.description import describe_model, slug, vocab_table
 from layerlake.capture.execute import capture_run
-from layerlake.capture.model import describe_model, open_model, slug, vocab_table
+from layerlake.capture.model import open_model
 from layerlake.capture.plan import CaptureSpec, plan_capture
 from layerlake.catalog.errors import AdapterMismatch, ModelError, SelfCheckFailed
 

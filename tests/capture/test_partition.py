@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerlake.capture import execute
+from layerlake.capture.description import describe_model
 from layerlake.capture.execute import capture_run
 from layerlake.capture.hooks import listen, pad, unpad
-from layerlake.capture.model import OpenModel, describe_model, open_model
+from layerlake.capture.model import OpenModel, open_model
 from layerlake.capture.partition import run_partition
 from layerlake.capture.plan import CaptureSpec, plan_capture
 from layerlake.catalog.errors import OverflowInCapture

@@ -13,8 +13,9 @@ import transformers
 from transformer_lens.hook_points import HookPoint
 
 from layerlake.capture import hooks, model, selfcheck
+from layerlake.capture.description import describe_model
 from layerlake.capture.execute import capture_run
-from layerlake.capture.model import OpenModel, describe_model, open_model
+from layerlake.capture.model import OpenModel, open_model
 from layerlake.capture.plan import CaptureSpec
 from layerlake.capture.selfcheck import check_model
 from layerlake.catalog.errors import AdapterMismatch, SelfCheckFailed
@@ -190,7 +191,7 @@ def _hook_point(opened: OpenModel, name: str) -> Any:
 def test_a_config_that_contradicts_the_weights_is_refused(
     make_spec: Callable[..., CaptureSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "_PARALLEL_FAMILIES", {"gpt2"})
+    monkeypatch.setattr(description, "_PARALLEL_FAMILIES", {"gpt2"})
     with pytest.raises(AdapterMismatch, match="block is sequential, not parallel"):
         capture_run(tmp_path / "lake", make_spec())
 
