@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformer_lens.hook_points import HookPoint
 
-from layerlake.capture import hooks, model, selfcheck
+from layerlake.capture import description, hooks, model, selfcheck
 from layerlake.capture.description import describe_model
 from layerlake.capture.execute import capture_run
 from layerlake.capture.model import OpenModel, open_model

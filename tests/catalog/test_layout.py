@@ -45,7 +45,7 @@ shapes = st.builds(
 
 @pytest.mark.parametrize(
     ("shape", "resid", "one", "mlp_post", "pattern"),
-    [  # the table below: fp16, a context of 512; the columns ×L, resid stream, mlp_post, pattern packed
+    [  # by hand: fp16, a context of 512; the sites ×L, resid stream, mlp_post, pattern packed
         (GPT2, 19_968, 18_432, 73_728, 73_872),
         (PYTHIA, 270_336, 262_144, 1_048_576, 525_312),
         (LLAMA, 69_632, 65_536, 262_144, 262_656),
