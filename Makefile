@@ -23,7 +23,7 @@ demo: .venv/.stamp  ## capture two small models, analyse them, write demo-lake/ 
 	$(BIN)/layerlake demo
 
 test: .venv/.stamp  ## run the tests, all but those marked slow
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --dist loadfile
 
 lint: .venv/.stamp  ## ruff, import contracts, mypy
 	$(BIN)/ruff check

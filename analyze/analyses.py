@@ -12,12 +12,17 @@ from ..catalog.errors import AnalysisError, SiteNotFound, did_you_mean
 from ..catalog.findings import Finding, FindingKey, merge_findings, read_finding, write_finding
 from ..catalog.lake import Lake
 from ..catalog.run import Run
+from ..catalog.sites import ANALYSIS_SITES
 from .attention import ATTENTION_VERSION, ATTENTION_VIEWS, AttentionOptions, compute_attention
 from .cka import CKA_VERSION, CKA_VIEWS, CkaOptions, compute_cka
+from .ing import ING_VERSION, ING_VIEWS, IngOptions, compute_ing
 from .lens import LENS_VERSION, LENS_VIEWS, LensOptions, compute_lens
 from .neurons import NEURONS_VERSION, NEURONS_VIEWS, NeuronOptions, compute_neurons
 from .norms import NORMS_VERSION, NORMS_VIEWS, NormsOptions, compute_norms
 from .reduce import require_scheduler
+from .statistic import choose_sites
+from .subjoiner import SUBJOINER_VERSION, SUBJOINER_VIEWS, SubjoinerOptions, compute_subjoiner
+from .wic import WIC_VERSION, WIC_VIEWS, WicOptions, compute_wic
 
 __all__ = ["ANALYSES", "Analysis", "Skipped", "run_all", "run_analysis"]
 
@@ -35,10 +40,13 @@ class Analysis:
     """The tables that it finds, the main one first."""
     options: type[Any]
     """A frozen dataclass; each field has a default and ``metadata["help"]``."""
-    sites: tuple[str, ...]
-    """What it reads; empty if weights only."""
     compute: Callable[..., dict[str, pa.Table]]
     """``compute(run, options, scheduler=…, progress=…)`` → view → table."""
+
+    @property
+    def sites(self) -> tuple[tuple[str, ...], ...]:
+        """The sets of sites that answer it (:data:`layerlake.catalog.sites.ANALYSIS_SITES`)."""
+        return ANALYSIS_SITES[self.name]
 
 
 class Skipped(NamedTuple):
@@ -54,23 +62,35 @@ ANALYSES: dict[str, Analysis] = {
     for analysis in (
         Analysis(
             "lens", "Logit lens: entropy, KL to the final distribution, loss and agreement at every boundary.",
-            LENS_VERSION, LENS_VIEWS, LensOptions, ("resid",), compute_lens,
+            LENS_VERSION, LENS_VIEWS, LensOptions, compute_lens,
         ),
         Analysis(
             "cka", "Similarity of every two boundaries: unbiased minibatch CKA.",
-            CKA_VERSION, CKA_VIEWS, CkaOptions, ("resid",), compute_cka,
+            CKA_VERSION, CKA_VIEWS, CkaOptions, compute_cka,
         ),
         Analysis(
             "neurons", "Prediction and suppression neurons, from the weights.",
-            NEURONS_VERSION, NEURONS_VIEWS, NeuronOptions, (), compute_neurons,
+            NEURONS_VERSION, NEURONS_VIEWS, NeuronOptions, compute_neurons,
         ),
         Analysis(
             "attention_locality", "Attention paid to the previous 1 … 16 tokens, and to BOS.",
-            ATTENTION_VERSION, ATTENTION_VIEWS, AttentionOptions, ("pattern",), compute_attention,
+            ATTENTION_VERSION, ATTENTION_VIEWS, AttentionOptions, compute_attention,
+        ),
+        Analysis(
+            "subjoiner", "Heads by which the last token of a word attends to the word's other tokens.",
+            SUBJOINER_VERSION, SUBJOINER_VIEWS, SubjoinerOptions, compute_subjoiner,
+        ),
+        Analysis(
+            "wic", "Probes at every boundary: does a word mean the same in two sentences? Of runs of the task wic.",
+            WIC_VERSION, WIC_VIEWS, WicOptions, compute_wic,
+        ),
+        Analysis(
+            "ing", "Neurons that speak for or against '-ing', and probes of what they foretell.",
+            ING_VERSION, ING_VIEWS, IngOptions, compute_ing,
         ),
         Analysis(
             "norms", "Norms of attention and MLP outputs, alone and beside the residual stream.",
-            NORMS_VERSION, NORMS_VIEWS, NormsOptions, ("resid", "attn_out", "mlp_out"), compute_norms,
+            NORMS_VERSION, NORMS_VIEWS, NormsOptions, compute_norms,
         ),
     )
 }  # fmt: skip
@@ -115,7 +135,7 @@ def run_analysis(
     chosen = _options(analysis, options)
     opened = lake.runs(runs) or [lake.run()]  # which says that there are none
     for run in opened:
-        _require(analysis, run)
+        choose_sites(run, analysis.sites)
     return merge_findings(
         [
             _find_or_compute(lake, analysis, run, chosen, scheduler=scheduler, progress=progress)
@@ -144,7 +164,6 @@ def run_all(
         found = []
         for run in opened:
             try:
-                _require(analysis, run)
                 found.append(
                     _find_or_compute(
                         lake, analysis, run, analysis.options(), scheduler=scheduler, progress=progress
@@ -176,14 +195,10 @@ def _find_or_compute(
 
 def _extents(analysis: Analysis, run: Run) -> dict[str, Any]:
     """Return what of the run decides the result, for the memo key."""
-    if not analysis.sites:
+    sites = choose_sites(run, analysis.sites)
+    if not sites:
         return {"weights": {"n_tokens": 0, "model_id": run.manifest.model_id}}
-    return {site: run.extent(site) for site in analysis.sites}
-
-
-def _require(analysis: Analysis, run: Run) -> None:
-    for site in analysis.sites:
-        run.require_site(site)
+    return {site: run.extent(site) for site in sites}
 
 
 def _find(name: str) -> Analysis:

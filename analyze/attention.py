@@ -13,32 +13,26 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..catalog.run import Run, decode
+from ..catalog.bands import LATE_QUERY, MAX_DISTANCE, N_SUMS, QUERIES, band_counts, band_sums, uniform_sums
+from ..catalog.errors import CorruptRun
+from ..catalog.manifest import Partition
+from ..catalog.run import Run
+from ..catalog.sites import ANALYSIS_SITES
+from ..catalog.tables import attn_band_sums
 from .intervals import bootstrap_sums, percentile_interval, ratio
 from .reduce import reduce_statistic
-from .statistic import State, Statistic, Unit, require_finite, tidy_table
+from .statistic import State, Statistic, Unit, choose_sites, require_finite, tidy_table
 
 __all__ = [
     "ATTENTION_VERSION",
     "ATTENTION_VIEWS",
-    "MAX_DISTANCE",
     "AttentionOptions",
     "AttentionStatistic",
-    "band_counts",
-    "band_sums",
     "compute_attention",
-    "uniform_sums",
 ]
 
 ATTENTION_VERSION = 1
 ATTENTION_VIEWS = ("attention_locality",)
-
-MAX_DISTANCE = 16
-"""Distances 0 (the query itself) … 16 are summed."""
-
-_FIRST_QUERY = MAX_DISTANCE + 1  # t ≥ 17: no key within distance 16 is BOS
-_N_SUMS = MAX_DISTANCE + 2  # … and BOS last
-
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -56,104 +50,50 @@ class AttentionOptions:
     )
 
 
-def band_sums(packed: npt.NDArray[Any], lengths: Ints, starts: Ints) -> Doubles:
-    """Sum packed attention weights along the diagonals near the main one, and over the BOS column.
-
-    Costs 36 gathers of [head, token] values; the pattern itself is read once.
-
-    Parameters
-    ----------
-    packed : floating ``[head, pair]``
-        The causal triangles of some documents: pair = start + q(q+1)/2 + k.
-    lengths : int64 ``[document]``
-        Tokens of each document.
-    starts : int64 ``[document]``
-        The first pair of each.
-
-    Returns
-    -------
-    float64 ``[document, query set, head, 18]``
-        Σ_t A[t, t-k] for k = 0 … 16, and Σ_t A[t, 0] last, over two sets of queries: all (t ≥ k, and
-        t ≥ 1 for BOS), and t ≥ 17. :func:`band_counts` has the number of terms.
-    """
-    sums = np.zeros((len(lengths), 2, packed.shape[0], _N_SUMS))
-    for query_set, earliest in enumerate((0, _FIRST_QUERY)):
-        for column in range(_N_SUMS):
-            bos = column == MAX_DISTANCE + 1
-            first = max(earliest, 1 if bos else column)
-            held = np.flatnonzero(lengths > first)
-            if not len(held):
-                continue
-            n_queries = lengths[held] - first
-            offsets = np.cumsum(n_queries) - n_queries
-            query = np.arange(n_queries.sum()) - np.repeat(offsets, n_queries) + first
-            pair = np.repeat(starts[held], n_queries) + query * (query + 1) // 2
-            weights = packed[:, pair if bos else pair + query - column].astype(np.float64)
-            sums[held, query_set, :, column] = np.add.reduceat(weights, offsets, axis=1).T
-    return sums
-
-
-def band_counts(lengths: Ints) -> Ints:
-    """Return how many queries each of :func:`band_sums` adds up: int64 ``[document, query set, 18]``.
-
-    Examples
-    --------
-    >>> band_counts(np.array([20]))[0, :, [0, 1, 16, 17]].T.tolist()
-    [[20, 19, 4, 19], [3, 3, 3, 3]]
-    """
-    first = np.stack([[*range(MAX_DISTANCE + 1), 1], np.full(_N_SUMS, _FIRST_QUERY)])
-    counts: Ints = np.maximum(lengths[:, None, None] - first, 0)
-    return counts
-
-
-def uniform_sums(lengths: Ints) -> Doubles:
-    """Return what :func:`band_sums` would be for uniform attention, 1/(t+1): float64 ``[document, query set, 18]``."""
-    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, max(lengths, default=0) + 1))])
-    counts = band_counts(lengths)
-    sums: Doubles = harmonic[lengths][:, None, None] - harmonic[lengths[:, None, None] - counts]
-    return sums
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionBlock:
-    """What one unit reads: a partition of one layer."""
+    """What one unit reads: a partition, of one layer of ``pattern`` or of all layers of ``attn_band``."""
 
-    layer: int
+    layers: Ints
     items: Ints
     """Numbers of the documents, in the order of :attr:`AttentionStatistic.documents`."""
-    packed: npt.NDArray[Any]
-    """``[head, pair]``"""
+    values: npt.NDArray[Any]
+    """``[head, pair]`` of ``pattern``, ``[document, layer, head, query set, sum]`` of ``attn_band``."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionStatistic(Statistic[AttentionBlock]):
     """Band sums of each document and layer.
 
-    A unit reads one partition of one layer of ``pattern``: heads × its pairs. The state is 288 bytes a
-    document and layer, and serves both variants.
+    A unit reads one partition of ``attn_band``, or of one layer of ``pattern``: heads × its pairs. The state
+    is 288 bytes a document and layer, and serves both variants.
     """
 
     run: str
     options: AttentionOptions
+    source: str
+    """The site that is read."""
     documents: Ints
     lengths: Ints
     """Tokens of each document."""
     pair_starts: Ints
-    partitions: tuple[tuple[int, int], ...]
-    """The pairs that each partition uses: first, and the one after the last."""
+    partitions: Ints
+    """The partition of each document."""
     n_layers: int
     n_heads: int
 
     @classmethod
     def open(cls, run: Run, options: AttentionOptions) -> Self:
         """Read the documents table."""
+        (source,) = choose_sites(run, ANALYSIS_SITES["attention_locality"])
         table = run.stored_documents.sort_by("pair_start")
-        documents, lengths, starts = (
-            table[name].to_numpy().astype(np.int64) for name in ("document", "n_tokens", "pair_start")
+        documents, lengths, starts, partitions = (
+            table[name].to_numpy().astype(np.int64)
+            for name in ("document", "n_tokens", "pair_start", "partition")
         )
-        partitions = tuple(run.span("pattern", partition) for partition in run.manifest.partitions)
+        shape = run.shape
         return cls(
-            run.run_id, options, documents, lengths, starts, partitions, run.shape.n_layers, run.shape.n_heads
+            run.run_id, options, source, documents, lengths, starts, partitions, shape.n_layers, shape.n_heads
         )
 
     @property
@@ -161,31 +101,50 @@ class AttentionStatistic(Statistic[AttentionBlock]):
         return asdict(self.options)
 
     def units(self) -> list[Unit]:  # noqa: D102
-        units = []
-        for start, stop in self.partitions:
-            items = np.arange(*np.searchsorted(self.pair_starts, [start, stop]))
-            if len(items):
-                units += [Unit((("pattern", layer),), items) for layer in range(self.n_layers)]
-        return units
+        reads = tuple((self.source, layer) for layer in range(self.n_layers))
+        together = [reads] if self.source == "attn_band" else [(read,) for read in reads]
+        members = [np.flatnonzero(self.partitions == index) for index in np.unique(self.partitions)]
+        return [Unit(read, items) for items in members for read in together]
 
     def read(self, run: Run, unit: Unit) -> AttentionBlock:  # noqa: D102
-        ((site, layer),) = unit.reads
-        last = self.lengths[unit.items[-1]]
-        start = self.pair_starts[unit.items[0]]
-        stop = self.pair_starts[unit.items[-1]] + last * (last + 1) // 2
-        packed = decode(np.asarray(run.array(site)[layer, :, start:stop]), run.manifest.dtype)
-        require_finite(run, site, layer, packed)
-        return AttentionBlock(layer, unit.items, packed)
+        layers = np.array([layer for _, layer in unit.reads])
+        index = self.partitions[unit.items[0]]
+        (partition,) = (p for p in run.manifest.partitions if p.index == index)
+        if self.source == "attn_band":
+            values = self._read_sums(run, partition, unit.items)
+            by_layer = values.swapaxes(0, 1)
+        else:
+            values = run.read("pattern", int(layers[0]), partition)
+            by_layer = values[None]
+        for layer, found in zip(layers, by_layer, strict=True):
+            require_finite(run, self.source, layer, found)
+        return AttentionBlock(layers, unit.items, values)
+
+    def _read_sums(self, run: Run, partition: Partition, items: Ints) -> npt.NDArray[np.float32]:
+        """Read a partition of ``attn_band``: float32 ``[document, layer, head, query set, sum]``."""
+        table = run.read_attn_band(partition, columns=["document", "distance_sums", "bos_sum"])
+        rows_each = self.n_layers * self.n_heads * len(QUERIES)
+        if not np.array_equal(table["document"].to_numpy(), np.repeat(self.documents[items], rows_each)):
+            raise CorruptRun(
+                f"Partition {partition.index} of attn_band in run {self.run} does not have the rows of the "
+                f"partition's {len(items)} documents.",
+                hint=f"Check the run: layerlake verify LAKE --run {self.run}",
+            )
+        return attn_band_sums(table, self.n_layers, self.n_heads)
 
     def zero(self) -> State:  # noqa: D102
-        return State.empty(2, (2, _N_SUMS))
+        return State.empty(2, (len(QUERIES), N_SUMS))
 
     def measure(self, block: AttentionBlock) -> State:
         """Return the state of a block: key (layer, document), values ``[query set, sum]``, heads added up."""
-        starts = self.pair_starts[block.items]
-        sums = band_sums(block.packed, self.lengths[block.items], starts - starts[0]).sum(axis=2)
-        documents = self.documents[block.items]
-        return State.of(np.stack([np.full_like(documents, block.layer), documents], axis=1), sums)
+        if self.source == "attn_band":
+            sums = block.values
+        else:
+            starts = self.pair_starts[block.items]
+            sums = band_sums(block.values, self.lengths[block.items], starts - starts[0])[:, None]
+        documents, layers = np.meshgrid(self.documents[block.items], block.layers, indexing="ij")
+        keys = np.stack([layers.ravel(), documents.ravel()], axis=1)
+        return State.of(keys, sums.sum(axis=2, dtype=np.float64).reshape(-1, len(QUERIES), N_SUMS))
 
     def finalise(self, state: State) -> dict[str, pa.Table]:
         """Return ``attention_locality``: a row for each layer and distance."""
@@ -193,8 +152,8 @@ class AttentionStatistic(Statistic[AttentionBlock]):
         order = np.argsort(self.documents)  # the order of the state's keys
         lengths = self.lengths[order]
         query_set = 0 if authors else 1
-        used = lengths > (1 if authors else _FIRST_QUERY)
-        by_layer = state.values.reshape(self.n_layers, len(lengths), 2, _N_SUMS)
+        used = lengths > (1 if authors else LATE_QUERY)
+        by_layer = state.values.reshape(self.n_layers, len(lengths), len(QUERIES), N_SUMS)
         sums = by_layer[:, used, query_set] / self.n_heads
         counts = band_counts(lengths[used])[:, query_set].astype(np.float64)
         uniform = uniform_sums(lengths[used])[:, query_set]
@@ -206,6 +165,7 @@ class AttentionStatistic(Statistic[AttentionBlock]):
             **{name: np.concatenate([layer[name] for layer in layers]) for name in layers[0]},
             "n_queries": np.tile(counts.sum(axis=0)[:-1].astype(np.int64), self.n_layers),
             "n_documents": np.full(self.n_layers * n_distances, used.sum(), dtype=np.int64),
+            "source": self.source,
         }
         columns["reason"] = [
             self._reason(n, lo) for n, lo in zip(columns["n_queries"], columns["mean_weight_lo"], strict=True)
@@ -224,7 +184,7 @@ class AttentionStatistic(Statistic[AttentionBlock]):
         # the authors pool the entries at distances 1 … k within a document, then weigh documents equally
         pooled = ratio(np.cumsum(_previous(sums), axis=1), np.cumsum(_previous(counts), axis=1))
         columns = np.concatenate([sums, counts, np.nan_to_num(pooled), np.isfinite(pooled)], axis=1)
-        parts = np.cumsum([_N_SUMS, _N_SUMS, MAX_DISTANCE + 1])
+        parts = np.cumsum([N_SUMS, N_SUMS, MAX_DISTANCE + 1])
 
         def means(totals: Doubles) -> dict[str, Doubles]:
             """Return the means that sums over documents ``[…, column]`` amount to."""
@@ -268,6 +228,7 @@ def compute_attention(
     (``uniform_mean_weight``: at exactly that distance). ``per_distance_weight`` is the mean over those
     distances; in the authors' variant it is pooled as in their code, documents weighing equally.
     ``bos_weight`` is the weight on position 0, BOS where the model has one, and is the same for all distances.
+    Reads ``attn_band`` where the run holds it, else ``pattern``; ``source`` says which.
     """
     statistic = AttentionStatistic.open(run, options)
     return statistic.finalise(reduce_statistic(statistic, run, scheduler=scheduler, progress=progress))

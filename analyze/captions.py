@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from . import charts
+from . import charts, ing_charts, subjoiner_charts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,6 +52,9 @@ TITLES = {
     "cka": ("CKA", "which layers share a representation"),
     "neurons": ("Neurons", "where they speak to the vocabulary"),
     "attention_locality": ("Attention", "how far back it looks"),
+    "subjoiner": ("Subjoiner heads", "where the tokens of a word meet"),
+    "wic": ("Word in context", "where the sense of a word can be read"),
+    "ing": ("The ending -ing", "which neurons speak for it, and what they foretell"),
     "norms": ("Norms", "how much each block adds"),
 }
 """Name and subject of each analysis; the report's sections, in their order."""
@@ -152,6 +155,99 @@ FIGURES = (
         "close together say that the nearest tokens have most of it.",
         source="Figure 6a",
         choices={"variant": _QUERIES},
+    ),
+    Figure(
+        "subjoiner",
+        "subjoiner",
+        "Subjoiner heads by layer",
+        subjoiner_charts.subjoiner_chart,
+        shows="Heads in which the last token of a word looks back at the word’s other tokens. Left: the score of each "
+        "layer’s best head. Right: the share of the layer’s heads that have a score above what chance gives.",
+        computed="Score: what the last token of a word of {word_tokens} tokens gives to the word’s other tokens, less "
+        "what a word of one token gives to as many tokens before it. The words are found in the text, "
+        "{words} words or more into their document, at most {per_document} of a class from one document; each is "
+        "paired with one of the other class near it. Right: q < 0.05, from permutations of the "
+        "two labels within pairs, corrected over all heads of the model (Benjamini and Hochberg). Bands: 95 % "
+        "intervals, bootstrap over documents.",
+        reading="The paper finds such heads in the first layers, where tokens are put together to words. A head that "
+        "looks at near tokens whatever they are has a score of about 0, though the best of many is above 0 by chance, "
+        "which the band does not know and q does. Words of one token are commoner than words of "
+        "several, which pairing does not mend.",
+        source="Figure 6b; Figure 9 of v1",
+    ),
+    Figure(
+        "subjoiner",
+        "subjoiner_attention",
+        "What the best subjoiner head attends to",
+        subjoiner_charts.subjoiner_attention_chart,
+        shows="The attention of the last token of a word (position −1) to the last 16 positions, in the head with the "
+        "highest score of each model. Left: words of several tokens. Right: their partners, words of one token. "
+        "The first row is the mean over all prompts of the class, the others ten of them, chosen at random.",
+        computed="Attention weights as they were stored; nothing was run again. The words on the left have "
+        "{word_tokens} tokens.",
+        reading="A subjoiner is bright at the word’s own tokens in the left panel, from position −2 back to the word’s "
+        "first, and not at the same positions in the right one. Nothing is filtered here: the paper’s "
+        "figure shows prompts that were picked for their attention to the word.",
+        source="Figure 6b",
+    ),
+    Figure(
+        "wic",
+        "wic_summary",
+        "Word in context: probes of a word’s sense",
+        charts.wic_chart,
+        shows="How often a linear probe is right about whether a word means the same in two sentences, from the two "
+        "states u and v of the word at one boundary of the residual stream (depth 0: the embeddings). The grey line is "
+        "chance. Top left: the measurement, whose probe sees where u and v differ and where they agree. The others are "
+        "its controls.",
+        computed="{pooling} Logistic regressions with an L2 penalty, on states standardised by {train_split}, fitted "
+        "to that split and tested on the other. C is chosen on a tenth of the words, drawn {seeds} times with a seed; "
+        "lines are means over the seeds. Bands: 95 % intervals, bootstrap over seeds and test items.",
+        reading="The paper’s accuracy rises, peaks in the middle of the depth and falls; its features are not "
+        "published. A probe on u and v alone cannot say whether two senses are equal, whatever they hold: what it has "
+        "above chance comes from words and sentences that go with one answer. At depth 0 a word that is written alike "
+        "twice is one vector, the position’s embedding apart, and there is nothing to tell by.",
+        source="Figures 7a and 20",
+        choices={
+            "pooling": {
+                "last": "The state of a word is that of its last token.",
+                "mean": "The state of a word is the mean over its tokens.",
+            },
+        },
+    ),
+    Figure(
+        "ing",
+        "ing",
+        "Probes for -ing",
+        ing_charts.ing_chart,
+        shows="How often a linear probe can tell from neurons whether the token that comes next ends in “-ing”. "
+        "Circles: one neuron at a time, blue for those that write towards such tokens, orange for those against "
+        "them. Blue line: the best k together; grey line: as many random neurons of the same layers. Dashed: the model "
+        "itself, by its first choice, and by the probability of all such tokens with a tuned threshold.",
+        computed="Half of the examples end in “-ing”; the others are as frequent and begin with a blank as often. All "
+        "have at least {context} tokens before them, and are read at the last of these. Logistic regressions with an "
+        "L2 penalty on standardised activations, fitted to three fifths of the documents; a fifth ranks the neurons, a "
+        "fifth is tested, and every document is tested once. The {top} neurons are those whose output weights set such "
+        "tokens apart most, among those with kurtosis above {min_kurtosis} or variance above {min_variance}. Bands: "
+        "95 % intervals, bootstrap over documents.",
+        reading="The paper finds ensembles that are better than the model’s first choice, and single suppression "
+        "neurons nearly as good as it. A first choice has to be likelier than every other token, so it is a modest "
+        "mark; the tuned probability says what the model knows. Where the grey line is as high as the blue one, the "
+        "neurons are nothing special.",
+        source="Figure 12a; Figure 10a of v1",
+    ),
+    Figure(
+        "ing",
+        "ing_histograms",
+        "What neurons write at the tokens that end in -ing",
+        ing_charts.ing_histograms_chart,
+        shows="For the neurons that set the ending apart most: how much one unit of activation adds to the logit of "
+        "each token, split by whether the token ends in “-ing”. D is the difference of the two means. Counts are "
+        "logarithmic.",
+        computed="W_U·w_out from the weights alone, the final norm’s scale folded in, centred. Candidates have a "
+        "kurtosis of the cosines above {min_kurtosis}, or a variance above {min_variance}; they are ordered by |D|.",
+        reading="Orange to the right of blue, D > 0: the neuron speaks for the ending; to the left, it suppresses it. "
+        "A random direction in d dimensions has a variance of 1/d, so in narrow models every neuron is a candidate.",
+        source="Figures 9, 10 and 23",
     ),
     Figure(
         "norms",

@@ -36,12 +36,20 @@ __all__ = [
     "neurons_chart",
     "norms_chart",
     "series_colors",
+    "wic_chart",
 ]
 
 DISTANCES = (1, 2, 4, 8, 16)
 """How many previous tokens the summed attention is shown for (the paper's Figure 6a)."""
 
 _CLASSES = ("prediction", "suppression")
+
+_PAIR_FEATURES = {
+    "interaction": "|u − v| and u ⊙ v",
+    "cosine": "the cosine of u and v",
+    "concat": "u and v",
+    "concat_difference": "u, v and |u − v|",
+}
 
 
 def lens_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
@@ -207,6 +215,37 @@ def attention_distance_chart(table: pa.Table, series: Sequence[Series]) -> alt.C
             .properties(width=WIDTH // columns - 70, height=190, title=item.label)
         )
     return concat(panels, columns=columns, y="shared", opacity="shared")
+
+
+def wic_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
+    """Draw the accuracy of the probes at each boundary, with chance; one panel for what they see of two states.
+
+    Parameters
+    ----------
+    table : pa.Table
+        The view ``wic_summary``.
+    series : sequence of Series
+        The runs to draw.
+    """
+    boundaries: dict[tuple[str, int], Row] = {}
+    for row in table_rows(table, series, "boundary"):
+        point, name = boundaries.setdefault((row["run"], row["boundary"]), row), row["features"]
+        for end in ("", "_lo", "_hi"):
+            point[f"{name}{end}"] = row[f"accuracy{end}"]
+    panels = [
+        Panel(
+            name,
+            f"accuracy, from {seen}",
+            percent=True,
+            zero=False,
+            rule=0.5,
+            notes=(("layer", "layer"), ("n_dev", "items")),
+        )
+        for name, seen in _PAIR_FEATURES.items()
+    ]
+    return draw_lines(
+        list(boundaries.values()), series, panels, "boundary", columns=2, height=210, shared_y=True
+    )
 
 
 def norms_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:

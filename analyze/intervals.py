@@ -1,11 +1,19 @@
-"""Intervals: bootstrap over documents, and the delete-a-group jackknife."""
+"""Intervals: the bootstrap over documents, or over seeds and items; the jackknife over groups; Wilson's."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["N_RESAMPLES", "bootstrap_sums", "jackknife_interval", "percentile_interval", "ratio"]
+__all__ = [
+    "N_RESAMPLES",
+    "bootstrap_sums",
+    "crossed_bootstrap",
+    "jackknife_interval",
+    "percentile_interval",
+    "ratio",
+    "wilson_interval",
+]
 
 N_RESAMPLES = 1000
 """B: resamples of the documents."""
@@ -86,3 +94,45 @@ def jackknife_interval(
     error = np.sqrt((n_groups - 1) / n_groups * np.square(spread).sum(axis=0))
     reach = stdtrit(n_groups - 1, 0.975) * error
     return estimate - reach, estimate + reach
+
+
+def crossed_bootstrap(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the means over resampled seeds and items, which vary independently: ``[resample, …]``.
+
+    Each of the B = 1000 resamples draws as many seeds, and as many items, as there are, with replacement
+    (seed 0), and takes the mean over all pairs of them. All rows see the same draws. Source: Owen 2007, "The
+    pigeonhole bootstrap".
+
+    Parameters
+    ----------
+    values : float64 ``[…, seed, item]``
+        What a seed gives for an item.
+    """
+    *rows, n_seeds, n_items = values.shape
+    rng = np.random.default_rng(_SEED)
+    seeds, items = (rng.multinomial(n, np.full(n, 1 / n), N_RESAMPLES) / n for n in (n_seeds, n_items))
+    means = np.empty((N_RESAMPLES, *rows))
+    for row in np.ndindex(*rows):
+        means[:, *row] = np.vecdot(seeds @ values[row], items)
+    return means
+
+
+def wilson_interval(
+    share: npt.NDArray[np.float64], n: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the 95 % interval of shares of n trials: two arrays ``[…]``, within 0 and 1.
+
+    Source: Wilson 1927; it covers also where a share is near 0 or 1, unlike share ± 1.96 standard errors.
+
+    Examples
+    --------
+    >>> lo, hi = wilson_interval(np.array([0.5, 1.0]), 10)
+    >>> lo.round(3).tolist(), hi.round(3).tolist()
+    ([0.237, 0.722], [0.763, 1.0])
+    """
+    from scipy.special import ndtri
+
+    z2 = ndtri(0.975) ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    reach = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return centre - reach, centre + reach

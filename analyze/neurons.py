@@ -22,6 +22,7 @@ __all__ = [
     "NeuronStatistic",
     "classify_neurons",
     "compute_neurons",
+    "fold_unembedding",
     "moments_of_sums",
     "power_sums",
     "unit_unembedding",
@@ -55,12 +56,11 @@ class NeuronOptions:
     )
 
 
-def unit_unembedding(unembed: Floats, gamma: Floats, *, layernorm: bool) -> Floats:
-    """Return W_U with the final norm folded in, centred, its columns scaled to length 1.
+def fold_unembedding(unembed: Floats, gamma: Floats, *, layernorm: bool) -> Floats:
+    """Return W_U with the final norm folded in, centred.
 
     γ is folded in; for LayerNorm each column is centred over d_model, as a reader is; each row is centred
-    over the vocabulary, padding included. A column of zeros stays one. Means and lengths are summed in
-    float64; allocates one array of W_U's size.
+    over the vocabulary, padding included. Means are summed in float64; allocates one array of W_U's size.
 
     Parameters
     ----------
@@ -75,6 +75,15 @@ def unit_unembedding(unembed: Floats, gamma: Floats, *, layernorm: bool) -> Floa
     if layernorm:
         folded -= folded.mean(axis=0, dtype=np.float64)
     folded -= folded.mean(axis=1, dtype=np.float64, keepdims=True)
+    return folded
+
+
+def unit_unembedding(unembed: Floats, gamma: Floats, *, layernorm: bool) -> Floats:
+    """Return what :func:`fold_unembedding` does, its columns scaled to length 1; one of zeros stays one.
+
+    Lengths are summed in float64.
+    """
+    folded = fold_unembedding(unembed, gamma, layernorm=layernorm)
     lengths = np.sqrt(np.einsum("dv,dv->v", folded, folded, dtype=np.float64))
     folded /= np.where(lengths > 0, lengths, 1.0)
     return folded

@@ -86,6 +86,8 @@ class Panel:
     """The y axis's, with the unit."""
     percent: bool = False
     log: bool = False
+    zero: bool = True
+    """Whether the axis begins at 0, unless it is logarithmic."""
     band: str = "95 % interval"
     """What the columns ``<field>_lo`` and ``<field>_hi`` are, where there are such."""
     baseline: str = ""
@@ -194,7 +196,7 @@ def _draw_panel(
 
     lo, hi = f"{panel.field}_lo", f"{panel.field}_hi"
     has_band, has_baseline = lo in rows[0] and hi in rows[0], panel.baseline in rows[0]
-    scale, y_axis = value_scale(), alt.Axis(tickCount=N_TICKS)
+    scale, y_axis = value_scale(zero=panel.zero), alt.Axis(tickCount=N_TICKS)
     if panel.percent:
         y_axis = alt.Axis(tickCount=N_TICKS, format="~%")
         if not any(row.get(panel.field) for row in rows):  # nothing above 0: keep 0 at the bottom
@@ -273,11 +275,11 @@ def _identity(series: Sequence[Series]) -> dict[str, Any]:
     return identity
 
 
-def value_scale() -> alt.Scale:
-    """Return the linear scale of the y axes: from 0 up to a round number."""
+def value_scale(*, zero: bool = True) -> alt.Scale:
+    """Return the linear scale of the y axes: from 0, or a round number below the values, up to a round number."""
     import altair as alt
 
-    return alt.Scale(zero=True, nice=N_TICKS)
+    return alt.Scale(zero=zero, nice=N_TICKS)
 
 
 def depth_axis() -> alt.X:

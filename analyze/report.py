@@ -26,6 +26,7 @@ from ..catalog.run import Run
 from .captions import FIGURES, TITLES, Figure
 from .charts import Series, series_colors
 from .provenance import describe_run, params_text
+from .statistic import lacking_sites
 
 __all__ = ["build_report", "label_runs", "write_report"]
 
@@ -42,6 +43,7 @@ for (const node of document.querySelectorAll(".chart")) {
 """
 
 _N_REMARKS = 4
+_COUNTS = ("n_samples", "n_tokens", "n_queries", "n_prompts", "n_examples")
 
 
 def write_report(
@@ -272,7 +274,7 @@ def _notes(source: _Source, analysis: str, tables: Sequence[StoredTable]) -> Ite
 
     for run, item in zip(source.runs, source.series, strict=True):
         keys = {table.key.digest: table.key for table in tables if table.key.run == run.run_id}
-        lacking = ",".join(site for site in ANALYSES[analysis].sites if site not in run.sites)
+        lacking = ",".join(lacking_sites(run, ANALYSES[analysis].sites))
         if not keys and lacking:
             text = f"{item.label} lacks what this reads. Once it is captured (with --sites {lacking}):"
             yield _Note(text, _command("analyze", source.lake.url, analysis, runs=[run.run_id]))
@@ -349,9 +351,7 @@ def _is_outgrown(key: FindingKey, run: Run) -> bool:
 
 def _counts(table: pa.Table, series: Sequence[Series]) -> str:
     """Say how many tokens, samples or documents of each run the numbers are means over."""
-    column = next(
-        (name for name in ("n_samples", "n_tokens", "n_queries") if name in table.column_names), None
-    )
+    column = next((name for name in _COUNTS if name in table.column_names), None)
     if column is None:
         return ""
     largest: dict[str, int] = {}

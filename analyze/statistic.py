@@ -21,7 +21,16 @@ import pyarrow as pa
 from ..catalog.errors import AnalysisError
 from ..catalog.run import Run, decode
 
-__all__ = ["State", "Statistic", "Unit", "read_rows", "require_finite", "tidy_table"]
+__all__ = [
+    "State",
+    "Statistic",
+    "Unit",
+    "choose_sites",
+    "lacking_sites",
+    "read_rows",
+    "require_finite",
+    "tidy_table",
+]
 
 Block = TypeVar("Block")
 
@@ -129,6 +138,26 @@ class Statistic(ABC, Generic[Block]):
         """Return the tables by view name, the main one first."""
 
 
+def choose_sites(run: Run, alternatives: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Return the first of some sets of sites that the run holds whole.
+
+    Raises
+    ------
+    SiteNotFound
+        It holds none of them; the error is about the first.
+    """
+    for site in lacking_sites(run, alternatives):
+        run.require_site(site)
+    return next(tuple(sites) for sites in alternatives if all(map(run.has_site, sites)))
+
+
+def lacking_sites(run: Run, alternatives: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Return what a run lacks of the first of some sets of sites, or nothing if it holds one of them whole."""
+    if any(all(map(run.has_site, sites)) for sites in alternatives):
+        return ()
+    return tuple(site for site in alternatives[0] if not run.has_site(site))
+
+
 def read_rows(run: Run, site: str, layer: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     """Read given rows of one layer of a site: ``[token, width]``, in the stored dtype (bfloat16 as float32).
 
@@ -201,6 +230,8 @@ def tidy_table(run: str, columns: Mapping[str, Any], params: Mapping[str, Any]) 
 
 def _arrow(value: Any, n_rows: int) -> pa.Array:
     """Return a column; a single value is repeated."""
+    if isinstance(value, pa.Array):
+        return value
     if isinstance(value, np.ndarray):
         return pa.array(value, from_pandas=True)  # NaN → NULL
     if isinstance(value, str | float | int):  # bool is an int to Python, and a boolean to Arrow

@@ -27,12 +27,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from layerlake import CaptureSpec
-from layerlake.capture.execute import place_tokens
+from layerlake.capture.execute import place_tokens, share_out_memory
 from layerlake.capture.hooks import pad
 from layerlake.capture.model import OpenModel, open_model
-from layerlake.capture.partition import run_partition
+from layerlake.capture.phases import init_capture
 from layerlake.capture.plan import CapturePlan, plan_capture
-from layerlake.capture.writer import create_arrays, write_partition
+from layerlake.capture.worker import Outcome, Worker
 from layerlake.catalog.lake import create_lake
 from layerlake.demo.corpus import iter_documents
 from layerlake.demo.tour import demo_model_path
@@ -44,17 +44,18 @@ def random_model(config: GPT2Config) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
-def capture_into(folder: Path, model: OpenModel, plan: CapturePlan) -> None:
+def capture_into(folder: Path, model: OpenModel, plan: CapturePlan) -> Outcome:
     """Run and write every partition, as ``layerlake capture`` does after its plan and self-check."""
     frozen = plan.frozen
     if frozen is None:
         raise SystemExit("nothing to capture")
     store = create_lake(folder / "lake")
-    create_arrays(store, frozen.manifest)
+    init_capture(store, frozen, documents=plan.documents, tokens=plan.tokens)
     documents = place_tokens(plan.documents, plan.tokens)
-    for work in frozen.work:
-        buffer = run_partition(model, frozen.manifest, work, documents)
-        write_partition(store, frozen.manifest, work.index, buffer.arrays)
+    memory = share_out_memory(plan, frozen, documents, on_host=model.device.type == "cpu", is_local=True)
+    worker = Worker(store=store, frozen=frozen, model=model, documents=documents, memory=memory)
+    worker.write(frozen.work)
+    return worker.outcome
 
 
 @torch.inference_mode()
@@ -82,7 +83,7 @@ def forward(_: Path, model: Any, batches: list[torch.Tensor]) -> None:
         model.transformer(ids, use_cache=False)
 
 
-def measure(contestants: dict[str, Callable[[Path], None]], repeats: int) -> dict[str, float]:
+def measure(contestants: dict[str, Callable[[Path], object]], repeats: int) -> dict[str, float]:
     """Return each contestant's median seconds; they take turns, so that a slow minute hits all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(repeats + 1):

@@ -1,47 +1,59 @@
-"""Carry out a plan on this machine: init, every partition, finalise; after a crash, go on."""
+"""Carry out a plan on this machine: init, its share of the partitions, finalise; after a crash, go on."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from ..catalog.errors import CaptureUnfinished, CorruptRun, PlanError
 from ..catalog.lake import create_lake
+from ..catalog.manifest import Manifest
 from ..catalog.run import Run
 from ..catalog.stores import Store
-from .description import vocab_table
-from .frozen import FrozenPlan
+from ..console import CaptureProgress
+from .frozen import FrozenPlan, PartitionWork
+from .memory import MemoryPlan, plan_memory
 from .model import OpenModel, open_model
-from .model_store import write_model
-from .partition import PlacedDocument, run_partition
+from .model_store import has_model, write_model
+from .partition import PlacedDocument
 from .phases import (
-    begin_attempt,
     finalise_capture,
     init_capture,
+    is_open,
     pending_work,
     release_committed,
-    write_ledger,
+    withdraw_disputed,
 )
-from .plan import CapturePlan, CaptureSpec, plan_capture
+from .plan import CapturePlan, plan_capture
 from .selfcheck import check_model
-from .writer import write_partition
+from .share import Share
+from .spec import CaptureSpec
+from .vocabulary import vocab_table
+from .worker import Outcome, Worker, silent
 
-__all__ = ["capture_run", "execute_plan", "place_tokens"]
+__all__ = [
+    "capture_run",
+    "execute_plan",
+    "finalise_plan",
+    "place_tokens",
+    "placed_documents",
+    "share_out_memory",
+    "write_share",
+]
 
-Progress = Callable[[str, int, int], None]
-"""Called with a phase's name, tokens done and tokens in all."""
+_MAX_ROUNDS = 3
+"""How often partitions that two writers wrote differently are written again."""
 
 
-def _silent(phase: str, done: int, total: int) -> None:
-    """Show no progress."""
-
-
-def capture_run(lake: str | os.PathLike[str], spec: CaptureSpec, *, progress: Progress = _silent) -> Run:
+def capture_run(
+    lake: str | os.PathLike[str], spec: CaptureSpec, *, progress: CaptureProgress = silent
+) -> Run:
     """Run a model over a corpus and store the sites asked for; what the lake holds already is not run again.
 
     Parameters
@@ -51,7 +63,7 @@ def capture_run(lake: str | os.PathLike[str], spec: CaptureSpec, *, progress: Pr
     spec : CaptureSpec
         What to capture. ``spec.model`` may be a Hugging Face model that is loaded already.
     progress : callable, optional
-        Called with a phase, tokens done and tokens in all.
+        Is told how far it has come.
 
     Returns
     -------
@@ -69,70 +81,188 @@ def capture_run(lake: str | os.PathLike[str], spec: CaptureSpec, *, progress: Pr
     OverflowInCapture
         A value does not fit the stored dtype; the capture stays open.
     """
-    return execute_plan(plan_capture(spec, lake), lake, progress=progress)
+    run = execute_plan(plan_capture(spec, lake), lake, progress=progress).run
+    assert run is not None  # noqa: S101  # all partitions were this writer's
+    return run
 
 
-def execute_plan(plan: CapturePlan, lake: str | os.PathLike[str], *, progress: Progress = _silent) -> Run:
-    """Carry out a plan (see :func:`capture_run`); with nothing to do, only open the run."""
-    frozen = plan.frozen
+def execute_plan(
+    plan: CapturePlan,
+    lake: str | os.PathLike[str],
+    *,
+    share: Share | None = None,
+    progress: CaptureProgress = silent,
+) -> Outcome:
+    """Carry out a plan, or one writer's share of it; whoever finds all partitions written commits the run.
+
+    With nothing to do, only open the run.
+
+    Parameters
+    ----------
+    plan : CapturePlan
+        See :func:`plan_capture`.
+    lake : str or path
+        The lake that it was planned for.
+    share : Share, optional
+        The partitions that this writer takes; all of them if None.
+    progress : callable, optional
+        Is told how far it has come.
+
+    Raises
+    ------
+    PlanError, SelfCheckFailed, CaptureInProgress, OverflowInCapture
+        As :func:`capture_run`.
+    """
+    frozen, store = plan.frozen, Store(lake)
     if plan.existing is not None:
-        release_committed(Store(lake), plan.run_id)
+        release_committed(store, plan.run_id)
     if frozen is None:
-        return Run(Store(lake), plan.manifest)
+        return Outcome(Run(store, plan.manifest))
+    if plan.model is None:
+        raise PlanError("There is no text to capture.", hint="Give --dataset.")
     import torch
 
     torch.set_num_threads(frozen.n_threads)
+    torch.set_float32_matmul_precision("highest")  # no TF32: float32 means float32 on every device
     model = open_model(plan.model, device=plan.spec.device, compute_dtype=plan.spec.compute_dtype)
-    documents = _documents(plan, lake)
+    documents = placed_documents(plan, store)
+    on_host = model.device.type == "cpu"
+    memory = share_out_memory(plan, frozen, documents, on_host=on_host, is_local=store.is_local)
     first = [documents[number].token_ids.tolist() for number in frozen.work[0].batches[0]]
     sites = sorted({site for work in frozen.work for site in work.sites})
     progress("self-check", 0, 0)
     checks = check_model(model, first, sites, compute_dtype=plan.spec.compute_dtype)
 
-    store = create_lake(lake)
-    write_model(
-        store,
-        plan.model.model_id,
-        card=plan.model.card() | {"shape": model.shape.to_json()},
-        vocab=vocab_table(plan.model),
-        weights=dict(model.weights()),
+    create_lake(lake)
+    committed = init_capture(store, frozen, documents=plan.documents, tokens=plan.tokens)
+    if committed is not None:
+        return Outcome(Run(store, committed))
+    # after the run is reserved: nobody collects the model of an open capture
+    if not has_model(store, plan.model.model_id):
+        write_model(
+            store,
+            plan.model.model_id,
+            shape=model.shape,
+            card=plan.model.card() | {"shape": model.shape.to_json()},
+            vocab=vocab_table(plan.model),
+            read_weight=model.weight,
+        )
+    worker = Worker(
+        store=store,
+        frozen=frozen,
+        model=model,
+        documents=documents,
+        memory=memory,
+        provenance=_provenance(plan, model, checks),
+        overflow=plan.spec.overflow,
+        progress=progress,
     )
-    init_capture(store, frozen, documents=plan.documents, tokens=plan.tokens)
-    _run_partitions(store, frozen, model, documents, progress)
-    manifest = finalise_capture(store, frozen, provenance=_provenance(plan, model, checks))
-    return Run(store, manifest)
+    committed = write_share(store, frozen, share or Share(), worker.write)
+    if committed is None:
+        worker.outcome.n_pending = len(pending_work(store, frozen))
+    else:
+        worker.outcome.run = Run(store, committed)
+    return worker.outcome
 
 
-def _run_partitions(
-    store: Store,
+def write_share(
+    store: Store, frozen: FrozenPlan, share: Share, write: Callable[[Sequence[PartitionWork]], None]
+) -> Manifest | None:
+    """Have a writer's partitions written, and commit the run if they were the last.
+
+    Parameters
+    ----------
+    store, frozen : Store, FrozenPlan
+        The capture, which is begun.
+    share : Share
+        The partitions that this writer takes.
+    write : callable
+        Writes those of some partitions that are not written yet.
+
+    Returns
+    -------
+    Manifest or None
+        The run; None where partitions are left to other writers.
+
+    Raises
+    ------
+    CorruptRun
+        Writers on unlike machines go on writing the same partition differently.
+    """
+    mine = [work for place, work in enumerate(frozen.work) if share.takes(place)]
+    disputed: list[int] = []
+    for _ in range(_MAX_ROUNDS):
+        write(mine)
+        if pending_work(store, frozen) and is_open(store, frozen):
+            return None
+        disputed = withdraw_disputed(store, frozen)
+        if not disputed:
+            try:
+                return finalise_capture(store, frozen)
+            except CaptureUnfinished:  # another writer has withdrawn one since, and writes it again
+                return None
+        mine = [work for work in frozen.work if work.index in disputed]
+    raise CorruptRun(
+        f"Writers of run {frozen.manifest.run_id} go on writing partitions {', '.join(map(str, disputed))} "
+        "differently.",
+        hint="Let one writer at a time write a partition (--partition i/n).",
+    )
+
+
+def finalise_plan(plan: CapturePlan, lake: str | os.PathLike[str]) -> Run:
+    """Commit a capture whose partitions are all written; loads no model.
+
+    Raises
+    ------
+    CaptureUnfinished
+        A partition is not written, or two writers have written one differently, so that it has to be written again.
+    """
+    store = Store(lake)
+    if plan.frozen is None:
+        release_committed(store, plan.run_id)
+        return Run(store, plan.manifest)
+    withdraw_disputed(store, plan.frozen)
+    return Run(store, finalise_capture(store, plan.frozen))
+
+
+def share_out_memory(
+    plan: CapturePlan,
     frozen: FrozenPlan,
-    model: OpenModel,
     documents: dict[int, PlacedDocument],
-    progress: Progress,
-) -> None:
-    lengths = {p.index: p.n_rows for p in frozen.manifest.partitions}
-    total = sum(lengths[work.index] for work in frozen.work)
-    pending = pending_work(store, frozen)
-    done = total - sum(lengths[work.index] for work in pending)
-    for work in pending:
-        begin_attempt(store, frozen, work.index)
+    *,
+    on_host: bool,
+    is_local: bool,
+) -> MemoryPlan:
+    """Plan the memory for the batches that are frozen, on the device that is there."""
+    batches = [
+        [documents[number].n_tokens for number in batch] for work in frozen.work for batch in work.batches
+    ]
+    padded = max(max(lengths) * len(lengths) for lengths in batches)
+    memory = plan_memory(
+        frozen.manifest.shape,
+        frozen.manifest.geometry,
+        sites=sorted({site for work in frozen.work for site in work.sites}),
+        dtype=frozen.manifest.dtype,
+        compute_dtype=plan.spec.compute_dtype,
+        batch_tokens=padded,
+        max_memory=plan.spec.max_memory,
+        n_tokens=sum(document.n_tokens for document in documents.values()),
+        on_host=on_host,
+        is_local=is_local,
+    )
+    if memory.batch_tokens < padded:
+        raise PlanError(
+            f"The capture was planned with batches of {padded} tokens, which do not fit into --max-memory here.",
+            hint="Give all writers of a capture the same --max-memory, and as much as the first had.",
+        )
+    return memory
 
-        def on_batch(n_tokens: int) -> None:
-            nonlocal done
-            done += n_tokens
-            progress("capture", done, total)
 
-        progress("capture", done, total)
-        buffer = run_partition(model, frozen.manifest, work, documents, on_batch=on_batch)
-        objects = write_partition(store, frozen.manifest, work.index, buffer.arrays)
-        write_ledger(store, frozen, work.index, objects)
-
-
-def _documents(plan: CapturePlan, lake: str | os.PathLike[str]) -> dict[int, PlacedDocument]:
+def placed_documents(plan: CapturePlan, store: Store | None) -> dict[int, PlacedDocument]:
     """Return the documents of all partitions that have work, from the plan and from the run it extends."""
     tables = [(plan.documents, plan.tokens)]
-    if plan.existing is not None:
-        held = Run(Store(lake), plan.existing)
+    if plan.existing is not None and store is not None:
+        held = Run(store, plan.existing)
         tables.append((held.documents, held.tokens))
     return {number: placed for table in tables for number, placed in place_tokens(*table).items()}
 
@@ -147,10 +277,11 @@ def place_tokens(documents: pa.Table, tokens: pa.Table) -> dict[int, PlacedDocum
         number: token_ids[start : start + count]
         for number, (start, count) in zip(numbers.tolist(), spans, strict=True)
     }
+    columns = (documents[name].to_pylist() for name in ("document", "status", "row_start", "pair_start"))
     return {
-        row["document"]: PlacedDocument(ids[row["document"]], row["row_start"], row["pair_start"])
-        for row in documents.to_pylist()
-        if row["status"] != "refused"
+        number: PlacedDocument(number, ids[number], row_start, pair_start)
+        for number, status, row_start, pair_start in zip(*columns, strict=True)
+        if status != "refused"
     }
 
 

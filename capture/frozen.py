@@ -40,6 +40,8 @@ class FrozenPlan:
     """Whether this capture adds documents and tokens, or only sites to those that are there."""
     n_threads: int
     """Intra-op threads of every writer; results differ between 1 and 2 threads."""
+    request: dict[str, Any]
+    """What was asked for beyond the run's identity: ``sites`` and ``max_tokens``. Whoever asks for the same joins."""
 
     @property
     def part(self) -> str:
@@ -61,6 +63,7 @@ class FrozenPlan:
             "work": work,
             "adds_documents": self.adds_documents,
             "n_threads": self.n_threads,
+            "request": self.request,
         }
 
     @classmethod
@@ -70,4 +73,5 @@ class FrozenPlan:
             PartitionWork(w["index"], tuple(w["sites"]), tuple(tuple(b) for b in w["batches"]))
             for w in value["work"]
         )
-        return cls(Manifest.from_json(value["manifest"]), work, value["adds_documents"], value["n_threads"])
+        manifest = Manifest.from_json(value["manifest"])
+        return cls(manifest, work, value["adds_documents"], value["n_threads"], value["request"])

@@ -21,6 +21,7 @@ _HOOKS = {
     "mlp_out": "blocks.{}.hook_mlp_out",
     "mlp_post": "blocks.{}.mlp.hook_post",
     "pattern": "blocks.{}.attn.hook_pattern",
+    "attn_band": "blocks.{}.attn.hook_pattern",
 }
 
 
@@ -37,14 +38,17 @@ def hook_name(site: str, layer: int, shape: ModelShape) -> str:
 
 
 @contextmanager
-def listen(model: OpenModel, names: Mapping[str, Callable[[torch.Tensor], None]]) -> Iterator[None]:
-    """Call a function with the value of each named hook point at every forward, until the block ends."""
+def listen(
+    model: OpenModel, observers: Mapping[str, Sequence[Callable[[torch.Tensor], None]]]
+) -> Iterator[None]:
+    """Call functions with the value of each named hook point at every forward, until the block ends."""
     points = []
     try:
-        for name, function in names.items():
+        for name, functions in observers.items():
             point = model.hook_point(name)
-            point.add_hook(_observer(function))
             points.append(point)
+            for function in functions:
+                point.add_hook(_observer(function))
         yield
     finally:
         for point in points:

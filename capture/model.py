@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ..catalog.errors import AdapterMismatch, MissingExtra, ModelError
 from ..catalog.shapes import ModelShape
 from .description import ModelDescription, first_line
+from .share import place_on_machine
 
 if TYPE_CHECKING:
     import torch
@@ -58,22 +59,37 @@ class OpenModel:
                 hint="Leave that site out with --sites.",
             ) from None
 
-    def weights(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-        """Yield the weights that the analyses need, by the names of ``Run.weight``, raw, float32."""
-        if not all(hasattr(block.mlp, "out") for block in self.bridge.blocks):
+    def weight(self, name: str, block: tuple[slice, ...]) -> npt.NDArray[np.float32]:
+        """Return a block of a weight that the analyses need, by the names of ``Run.weight``: raw, float32.
+
+        Copies that block from the device, and nothing else. Biases that the model does not have are zeros.
+        """
+        if name in ("W_U", "b_U"):
+            unembed = _inner(self.bridge.unembed)
+            if name == "W_U":
+                return _float32(unembed.weight[block[1], block[0]]).T
+            return _bias(unembed, self.shape.n_vocab)[block]
+        if name in ("ln_final.w", "ln_final.b"):
+            final = _inner(self.bridge.ln_final)
+            return (
+                _float32(final.weight)[block]
+                if name == "ln_final.w"
+                else _bias(final, self.shape.d_model)[block]
+            )
+        layers = range(*block[0].indices(self.shape.n_layers))
+        projections = [self._output_projection(layer) for layer in layers]
+        if name == "W_out":
+            return np.stack([_in_by_out(p, self.shape.d_mlp, block[1:]) for p in projections])
+        return np.stack([_bias(p, self.shape.d_model)[block[1]] for p in projections])
+
+    def _output_projection(self, layer: int) -> Any:
+        mlp = self.bridge.blocks[layer].mlp
+        if not hasattr(mlp, "out"):
             raise AdapterMismatch(
                 f"TransformerLens finds no single output weight in the MLPs of this {self.shape.family} model: "
                 "mixtures of experts are not captured yet."
             )
-        unembed = _inner(self.bridge.unembed)
-        final = _inner(self.bridge.ln_final)
-        yield "W_U", _float32(unembed.weight).T
-        yield "b_U", _bias(unembed, self.shape.n_vocab)
-        yield "ln_final.w", _float32(final.weight)
-        yield "ln_final.b", _bias(final, self.shape.d_model)
-        projections = [_inner(block.mlp.out) for block in self.bridge.blocks]
-        yield "W_out", np.stack([_in_by_out(p, self.shape.d_mlp) for p in projections])
-        yield "b_out", np.stack([_bias(p, self.shape.d_model) for p in projections])
+        return _inner(mlp.out)
 
 
 def _inner(component: Any) -> Any:
@@ -91,14 +107,14 @@ def _bias(module: Any, length: int) -> npt.NDArray[np.float32]:
     return np.zeros(length, np.float32) if bias is None else _float32(bias)
 
 
-def _in_by_out(module: Any, d_in: int) -> npt.NDArray[np.float32]:
-    """Return a projection as ``[in, out]``: Linear stores the transpose, GPT-2's Conv1D does not."""
-    weight = _float32(module.weight)
-    is_linear = type(module).__name__ != "Conv1D"
-    weight = weight.T if is_linear else weight
+def _in_by_out(module: Any, d_in: int, block: tuple[slice, ...]) -> npt.NDArray[np.float32]:
+    """Return a block of a projection as ``[in, out]``: Linear stores the transpose, GPT-2's Conv1D does not."""
+    weight = module.weight if type(module).__name__ == "Conv1D" else module.weight.T
     if weight.shape[0] != d_in:
-        raise AdapterMismatch(f"The MLP's output weight has shape {weight.shape}; expected {d_in} rows.")
-    return weight
+        raise AdapterMismatch(
+            f"The MLP's output weight has shape {tuple(weight.shape)}; expected {d_in} rows."
+        )
+    return _float32(weight[block])
 
 
 @contextmanager
@@ -128,7 +144,8 @@ def open_model(
         What to open. A loaded model stays as it is: its modules are copied, because TransformerLens
         rewires them, and share its weights where device and dtype are the ones asked for.
     device : str
-        ``auto`` is CUDA if there is one, else the CPU.
+        ``auto`` is CUDA if there is one, else the CPU. Of several processes that torchrun started on a machine,
+        ``auto`` and ``cuda`` give each a device of its own, as far as there are enough.
     compute_dtype : str
         The dtype in which the model runs: float32, bfloat16 or float16.
 
@@ -172,8 +189,16 @@ def open_model(
                 f"TransformerLens cannot open '{description.name}': {first_line(error)}"
             ) from error
     bridge.eval()
+    for block in bridge.blocks:
+        block.attn.register_forward_hook(_drop_pattern)
     shape = _checked_shape(bridge, description.shape)
     return OpenModel(bridge, shape, chosen)
+
+
+def _drop_pattern(attention: Any, *_: Any) -> None:
+    """Let go of the pattern that some attention bridges keep until the next forward: a square a layer."""
+    if getattr(attention, "_pattern", None) is not None:
+        attention._pattern = None  # noqa: SLF001  # TransformerLens 4.3, joint_qkv_attention
 
 
 def require_compute_dtype(name: str) -> None:
@@ -191,6 +216,8 @@ def _choose_device(name: str) -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available() and (place := place_on_machine()) is not None:
+        name = f"cuda:{place % torch.cuda.device_count()}"
     try:
         return torch.empty(0, device=name).device
     except Exception as error:

@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import zarr
-from zarr.codecs import Crc32cCodec
-from zarr.errors import ContainsArrayError
 
-from ..catalog.layout import model_path
+from ..catalog.layout import WeightSpec, model_path, weight_specs
+from ..catalog.shapes import ModelShape
 from ..catalog.stores import Store
 from ..catalog.tables import to_parquet
+from .metadata import GROUP, array_metadata
+from .shard import seal
 
-__all__ = ["write_model"]
+__all__ = ["ReadWeight", "has_model", "weight_chunks", "write_model"]
+
+ReadWeight = Callable[[str, tuple[slice, ...]], npt.NDArray[np.float32]]
+"""Returns a block of a weight, float32."""
+
+
+def has_model(store: Store, model_id: str) -> bool:
+    """Tell whether the lake holds a model whole."""
+    return store.exists(f"{model_path(model_id)}/model.json")
+
+
+def weight_chunks(spec: WeightSpec) -> Iterator[tuple[str, tuple[slice, ...]]]:
+    """Yield the name of each chunk of a weight, and the block that it holds."""
+    counts = [range(-(-length // chunk)) for length, chunk in zip(spec.shape, spec.chunks, strict=True)]
+    for place in itertools.product(*counts):
+        block = tuple(
+            slice(i * chunk, min((i + 1) * chunk, length))
+            for i, chunk, length in zip(place, spec.chunks, spec.shape, strict=True)
+        )
+        yield "/".join(["c", *map(str, place)]), block
 
 
 def write_model(
     store: Store,
     model_id: str,
     *,
+    shape: ModelShape,
     card: Mapping[str, Any],
     vocab: pa.Table,
-    weights: Mapping[str, npt.NDArray[np.float32]],
+    read_weight: ReadWeight,
 ) -> None:
-    """Write a model unless it is there already; ``model.json`` comes last and says that the rest is whole.
+    """Write a model; ``model.json`` comes last and says that the rest is whole.
 
-    Nothing is deleted, so that several may write the same model at once.
+    Nothing is deleted, so that several may write the same model at once. Holds two chunks of at most 64 MiB.
 
     Parameters
     ----------
@@ -38,24 +58,32 @@ def write_model(
         The lake.
     model_id : str
         Slug and digest of weights, config and tokenizer.
+    shape : ModelShape
+        Says which weights there are (:func:`layerlake.catalog.layout.weight_specs`).
     card : mapping
         What ``model.json`` says: shape, digests, hub id and revision or local path.
     vocab : pa.Table
         ``tables.VOCAB``.
-    weights : mapping
-        The arrays of :meth:`Run.weight`, raw, float32. Arrays of three dimensions are chunked by their first.
+    read_weight : callable
+        Returns a block of a weight, raw.
     """
     folder = model_path(model_id)
-    if store.exists(f"{folder}/model.json"):
-        return
-    group = zarr.open_group(store.zarr_store(f"{folder}/weights.zarr", read_only=False), mode="a")
-    for name, values in weights.items():
-        chunks = (1, *values.shape[1:]) if values.ndim == 3 else values.shape
-        # One that is there is of an attempt that died, or of another capture of this model: the same numbers.
-        with suppress(ContainsArrayError):
-            group.create_array(
-                name, shape=values.shape, chunks=chunks, dtype="float32", compressors=(Crc32cCodec(),)
-            )
-        zarr.open_array(group.store, path=name, mode="r+")[...] = values
+    store.write_json(f"{folder}/weights.zarr/zarr.json", GROUP)
+    for name, spec in weight_specs(shape).items():
+        array = f"{folder}/weights.zarr/{name}"
+        store.write_json(
+            f"{array}/zarr.json", array_metadata(spec.shape, chunks=spec.chunks, dtype="float32")
+        )
+        for key, block in weight_chunks(spec):
+            store.write(f"{array}/{key}", _encode_chunk(read_weight(name, block), spec.chunks).data)
     store.write(f"{folder}/vocab.parquet", to_parquet(vocab))
     store.write_json(f"{folder}/model.json", dict(card))
+
+
+def _encode_chunk(block: npt.NDArray[np.float32], chunks: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Return the bytes of a chunk, with its CRC-32C; one at the edge is filled up with zeros."""
+    encoded = np.zeros(4 * int(np.prod(chunks)) + 4, dtype=np.uint8)
+    whole = encoded[:-4].view("<f4").reshape(chunks)
+    whole[tuple(slice(length) for length in block.shape)] = block
+    seal(encoded, 0, len(encoded) - 4)
+    return encoded

@@ -1,63 +1,198 @@
-"""Run one partition: forward its batches, and lay every captured value into the partition's buffer."""
+"""One partition in memory: forward its batches, and lay every captured value where it belongs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import mmap
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from ..catalog.bands import N_SUMS, QUERIES
 from ..catalog.errors import OverflowInCapture
-from ..catalog.layout import n_pairs
+from ..catalog.layout import array_spec, n_pairs
 from ..catalog.manifest import Manifest
+from ..catalog.run import decode
 from ..catalog.sites import SITES
+from .bands import band_sums
 from .frozen import PartitionWork
-from .hooks import hook_name, listen, pad, unpad
-from .writer import PartitionBuffer
+from .hooks import hook_name, listen, pad
+from .memory import values_nbytes
 
 if TYPE_CHECKING:
     import torch
 
     from .model import OpenModel
+    from .staging import Staging
 
-__all__ = ["PlacedDocument", "run_partition"]
+__all__ = ["Overflow", "PartitionBuffer", "PlacedDocument", "run_batch"]
+
+Overflow = Literal["stop", "keep"]
+"""What to do with a value that is not finite in the stored dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedDocument:
     """A stored document: its tokens and where they go."""
 
+    number: int
     token_ids: npt.NDArray[np.int32]
     row_start: int
     pair_start: int
 
+    @property
+    def n_tokens(self) -> int:
+        """Stored tokens, BOS included."""
+        return len(self.token_ids)
 
-def run_partition(
+
+class PartitionBuffer:
+    """One partition of some sites in memory, in the stored dtype, laid out as its objects are.
+
+    The memory is virtual until it is filled: unused rows cost nothing, and a batch costs its own bytes.
+
+    Parameters
+    ----------
+    manifest : Manifest
+        The run.
+    work : PartitionWork
+        The partition and the sites to capture of it.
+    documents : mapping
+        Document number → its tokens and place, for the documents of the partition at least.
+    """
+
+    def __init__(
+        self, manifest: Manifest, work: PartitionWork, documents: Mapping[int, PlacedDocument]
+    ) -> None:
+        self.manifest = manifest
+        self.work = work
+        members = (documents[number] for batch in work.batches for number in batch)
+        self.documents = {d.number: d for d in sorted(members, key=lambda d: d.row_start)}
+        self.nonfinite: Counter[str] = Counter()
+        """For each site, the values that are not finite in the stored dtype."""
+        self.values: dict[tuple[str, int], npt.NDArray[Any]] = {}
+        """(site, layer) → ``[token, width]``, ``[head, pair]``, or ``[document, head, query set, sum]``."""
+        self._first_row = {
+            rows: work.index * manifest.geometry.partition_rows(SITES[name])
+            for rows, name in (("token", "resid"), ("pair", "pattern"))
+        }
+        self._order = {number: i for i, number in enumerate(self.documents)}
+        for name in work.sites:
+            for layer in range(SITES[name].n_layers(manifest.shape)):
+                self.values[name, layer] = self._empty(name)
+
+    def _empty(self, name: str) -> npt.NDArray[Any]:
+        if not SITES[name].is_array:
+            n_heads = self.manifest.shape.n_heads
+            return _untouched((len(self.documents), n_heads, len(QUERIES), N_SUMS), np.dtype(np.float32))
+        spec = array_spec(
+            SITES[name],
+            self.manifest.shape,
+            self.manifest.geometry,
+            dtype=self.manifest.dtype,
+            n_partitions=1,
+        )
+        return _untouched(spec.shape[1:], np.dtype(spec.dtype))
+
+    def nbytes(self, documents: Iterable[PlacedDocument], sites: tuple[str, ...] | None = None) -> int:
+        """Return what the values of some documents take, of all sites of the partition or of some."""
+        lengths = [document.n_tokens for document in documents]
+        return values_nbytes(
+            self.manifest.shape, self.work.sites if sites is None else sites, self.manifest.dtype,
+            n_tokens=sum(lengths), pairs=sum(map(n_pairs, lengths)), n_documents=len(lengths),
+        )  # fmt: skip
+
+    def release(self, site: str, layer: int | None) -> int:
+        """Let go of one object's values (all layers if None), and return the bytes that were reserved for them."""
+        layers = range(SITES[site].n_layers(self.manifest.shape)) if layer is None else (layer,)
+        for each in layers:
+            del self.values[site, each]
+        return (
+            len(layers)
+            * self.nbytes(self.documents.values(), (site,))
+            // SITES[site].n_layers(self.manifest.shape)
+        )
+
+    def place(
+        self, site: str, layer: int, documents: Sequence[PlacedDocument], values: Sequence[npt.NDArray[Any]]
+    ) -> None:
+        """Copy the values of some documents to where they belong.
+
+        Parameters
+        ----------
+        site, layer : str, int
+            Which.
+        documents : sequence of PlacedDocument
+            Documents of the partition.
+        values : sequence of ndarray
+            Each one's ``[token, width]``, ``[head, pair]`` or ``[head, query, key]``, or ``[head, query set, sum]``.
+        """
+        target, rows = self.values[site, layer], SITES[site].rows
+        for document, given in zip(documents, values, strict=True):
+            if rows == "document":
+                target[self._order[document.number]] = given
+            elif rows == "token":
+                to = document.row_start - self._first_row[rows]
+                target[to : to + document.n_tokens] = given
+            else:
+                to = document.pair_start - self._first_row[rows]
+                _pack(given, target[:, to : to + n_pairs(document.n_tokens)])
+
+
+def _untouched(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Return zeros that take no memory before they are filled, and give it back when they are let go of.
+
+    What comes from malloc does neither, once blocks of its size were freed: it keeps them, and clears them when they
+    are used again (the threshold above which it does not grows up to 32 MiB; mallopt(3), M_MMAP_THRESHOLD).
+    """
+    n_values = math.prod(shape)
+    memory = mmap.mmap(-1, max(1, n_values * dtype.itemsize))
+    return np.frombuffer(memory, dtype=dtype, count=n_values).reshape(shape)
+
+
+def _pack(pattern: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
+    """Copy a pattern ``[head, query, key]`` into its causal triangle ``[head, pair]``, or one that is packed already.
+
+    Query by query, which is nine times as fast as gathering single pairs.
+    """
+    if pattern.ndim == 2:
+        target[...] = pattern
+        return
+    start = 0
+    for query in range(pattern.shape[1]):
+        stop = start + query + 1
+        target[:, start:stop] = pattern[:, query, : query + 1]
+        start = stop
+
+
+def run_batch(
     model: OpenModel,
-    manifest: Manifest,
-    work: PartitionWork,
-    documents: Mapping[int, PlacedDocument],
+    buffer: PartitionBuffer,
+    batch: Sequence[int],
+    staging: Staging,
     *,
-    on_batch: Callable[[int], None] = lambda _n_tokens: None,
-) -> PartitionBuffer:
-    """Forward every batch of a partition and return its values, ready to be written.
+    overflow: Overflow = "stop",
+) -> None:
+    """Forward one batch; each site and layer is unpadded and cast on the device, and copied once to its rows.
 
-    Each site and layer is unpadded and cast on the device, and copied once to its rows.
+    The LM head is not run. On CUDA the last values may still be under way: ``staging.drain()`` waits for them.
 
     Parameters
     ----------
     model : OpenModel
         The model.
-    manifest : Manifest
-        The run: geometry and stored dtype.
-    work : PartitionWork
-        The partition, its missing sites and its batches.
-    documents : mapping
-        Document number → its tokens and place.
-    on_batch : callable
-        Called with the number of tokens after each batch.
+    buffer : PartitionBuffer
+        Takes the values.
+    batch : sequence of int
+        Numbers of documents of the buffer.
+    staging : Staging
+        Brings the values to the host.
+    overflow : ``stop`` or ``keep``
+        Whether a value that is not finite in the stored dtype is an error, or kept and counted.
 
     Raises
     ------
@@ -66,80 +201,82 @@ def run_partition(
     """
     import torch
 
-    buffer = PartitionBuffer(manifest, work.sites)
-    for batch in work.batches:
-        placed = [documents[number] for number in batch]
-        observers = {
-            hook_name(site, layer, model.shape): _store(
-                buffer, manifest, work.index, site=site, layer=layer, batch=batch, placed=placed
-            )
-            for site in work.sites
-            for layer in range(SITES[site].n_layers(model.shape))
-        }
-        ids = pad([document.token_ids.tolist() for document in placed], device=model.device)
-        with torch.inference_mode(), listen(model, observers):
-            model.body(ids, use_cache=False)
-        on_batch(sum(len(document.token_ids) for document in placed))
-    return buffer
+    placed = [buffer.documents[number] for number in batch]
+    observers: dict[str, list[Callable[[torch.Tensor], None]]] = {}
+    for site, layer in buffer.values:
+        take = _taker(buffer, site, layer, placed=placed, staging=staging, overflow=overflow)
+        observers.setdefault(hook_name(site, layer, model.shape), []).append(take)
+    ids = pad([document.token_ids.tolist() for document in placed], device=model.device)
+    with torch.inference_mode(), listen(model, observers):
+        model.body(ids, use_cache=False)
 
 
-def _store(
+def _taker(
     buffer: PartitionBuffer,
-    manifest: Manifest,
-    partition: int,
-    *,
     site: str,
     layer: int,
-    batch: Sequence[int],
+    *,
     placed: Sequence[PlacedDocument],
+    staging: Staging,
+    overflow: Overflow,
 ) -> Callable[[torch.Tensor], None]:
     """Return the function that puts one site and layer of a batch where it belongs."""
-    target, is_pair = buffer.arrays[site][layer], SITES[site].rows == "pair"
-    first = partition * manifest.geometry.partition_rows(SITES[site])
-    lengths = [len(document.token_ids) for document in placed]
-
-    def store(value: torch.Tensor) -> None:
-        values = _cast(unpad(value, lengths), manifest.dtype)
-        if values is None:
-            raise _overflow(value, site, layer, manifest.dtype, batch)
-        start = 0
-        for n_tokens, document in zip(lengths, placed, strict=True):
-            n = n_pairs(n_tokens) if is_pair else n_tokens
-            to = (document.pair_start if is_pair else document.row_start) - first
-            if is_pair:
-                target[:, to : to + n] = values[:, start : start + n]
-            else:
-                target[to : to + n] = values[start : start + n]
-            start += n
-
-    return store
-
-
-def _cast(value: torch.Tensor, dtype: str) -> npt.NDArray[Any] | None:
-    """Cast to the stored dtype on the device and copy to the host; None if anything is not finite."""
     import torch
 
-    cast = value.to(getattr(torch, dtype))
-    if not bool(torch.isfinite(cast.abs().amax())):  # NaN wins a maximum; far faster than asking each value
-        return None
-    if dtype == "bfloat16":  # numpy has none: keep the bits
-        bits: npt.NDArray[Any] = cast.view(torch.int16).cpu().numpy().view(np.uint16)
-        return bits
-    values: npt.NDArray[Any] = cast.cpu().numpy()
-    return values
+    lengths = [document.n_tokens for document in placed]
+    dtype = buffer.manifest.dtype
+
+    rows = SITES[site].rows
+
+    def deliver(values: list[npt.NDArray[Any]], is_finite: bool) -> None:
+        if not is_finite and (found := _find_nonfinite(values, placed, rows, dtype)).documents:
+            if overflow == "stop":
+                raise _overflow(found, site, layer, dtype)
+            buffer.nonfinite[site] += found.n_nan + found.n_infinite
+        buffer.place(site, layer, placed, values)
+
+    def take(value: torch.Tensor) -> None:
+        cast = band_sums(value, lengths) if rows == "document" else value.to(getattr(torch, dtype))
+        staging.put(cast, rows, lengths, deliver)
+
+    return take
 
 
-def _overflow(
-    value: torch.Tensor, site: str, layer: int, dtype: str, batch: Sequence[int]
-) -> OverflowInCapture:
-    import torch
+@dataclass(frozen=True, slots=True)
+class _NonFinite:
+    n_nan: int
+    n_infinite: int
+    documents: list[int]
 
-    finite = bool(torch.isfinite(value).all())
-    largest = float(value.float().abs().max())
-    what = f"reaches {largest:.4g}, which {dtype} cannot hold" if finite else "is not finite"
+
+def _find_nonfinite(
+    values: Sequence[npt.NDArray[Any]], placed: Sequence[PlacedDocument], rows: str, dtype: str
+) -> _NonFinite:
+    """Count what is not finite among the values of a batch that are stored, and name the documents."""
+    n_nan = n_infinite = 0
+    documents = []
+    for document, given in zip(placed, values, strict=True):
+        numbers = decode(given, dtype) if given.dtype == np.uint16 else given
+        if rows == "pair" and numbers.ndim == 3:
+            numbers = numbers[:, *np.tril_indices(document.n_tokens)]
+        nan, infinite = int(np.isnan(numbers).sum()), int(np.isinf(numbers).sum())
+        n_nan, n_infinite = n_nan + nan, n_infinite + infinite
+        if nan or infinite:
+            documents.append(document.number)
+    return _NonFinite(n_nan, n_infinite, documents)
+
+
+def _overflow(found: _NonFinite, site: str, layer: int, dtype: str) -> OverflowInCapture:
+    where = f"Site {site} at {SITES[site].axis} {layer}"
+    shown = (
+        f"(documents {', '.join(map(str, found.documents[:8]))}{', …' if len(found.documents) > 8 else ''})"
+    )
+    if found.n_nan:
+        return OverflowInCapture(
+            f"{where} has {found.n_nan} values that are not a number {shown}.",
+            hint="Run the model in --compute-dtype float32; --overflow keep stores them as they are.",
+        )
     return OverflowInCapture(
-        f"Site {site} at {SITES[site].axis} {layer} {what} (documents {', '.join(map(str, batch))}).",
-        hint="Store it as --dtype bfloat16 or float32."
-        if finite
-        else "Run the model in --compute-dtype float32.",
+        f"{where} has {found.n_infinite} values that {dtype} cannot hold {shown}.",
+        hint="Store it as --dtype bfloat16 or float32; --overflow keep stores infinities instead.",
     )

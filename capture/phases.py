@@ -1,48 +1,51 @@
 """The three phases of a capture: *init* freezes the plan, *partition* writes shards, *finalise* commits.
 
-Every step may be repeated, by this process or another, after a crash at any point: objects are created
-whole, the frozen plan and the ledgers only if absent, and nothing that a reader sees changes before
+Every step may be repeated, by this process or another, at the same time or after a crash at any point: objects
+are created whole, the frozen plan and the ledgers only if absent, and nothing that a reader sees changes before
 ``finalise`` appends the next manifest to the log.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import platform
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
 
-from ..catalog.errors import CaptureInProgress, CorruptRun
+from ..catalog.errors import CaptureInProgress, CaptureUnfinished
 from ..catalog.layout import part_path, run_path, wip_path
 from ..catalog.manifest import Manifest, commit_manifest, read_manifest
+from ..catalog.reservation import COLLECTING, REMOVING, reservation_path, reserve_run, reserved_by
 from ..catalog.stores import Store
-from ..catalog.tables import OBJECTS, to_parquet
+from ..catalog.tables import DOCUMENTS, OBJECTS, TOKENS, read_parts, to_parquet
 from .frozen import FrozenPlan, PartitionWork
 from .writer import create_arrays
 
 __all__ = [
     "begin_attempt",
     "finalise_capture",
+    "find_committed",
     "init_capture",
+    "is_open",
+    "is_wanted",
+    "open_elsewhere",
     "pending_work",
+    "read_capture_tables",
     "read_open_capture",
     "release_committed",
+    "withdraw_disputed",
     "write_ledger",
 ]
 
 
-def _open_path(run_id: str) -> str:
-    return f"{run_path(run_id)}/wip/open.json"
-
-
-def _reserved_by(store: Store, run_id: str) -> str | None:
-    """Return the id of the capture that has reserved a run, or None."""
-    path = _open_path(run_id)
-    return str(store.read_json(path)["capture_id"]) if store.exists(path) else None
-
-
-def _find_committed(store: Store, run_id: str, capture_id: str) -> Manifest | None:
+def find_committed(store: Store, run_id: str, capture_id: str) -> Manifest | None:
     """Return the newest snapshot of a run if the capture is part of it."""
     newest = read_manifest(store, run_id)
     if newest is not None and any(entry["capture_id"] == capture_id for entry in newest.captures):
@@ -52,22 +55,34 @@ def _find_committed(store: Store, run_id: str, capture_id: str) -> Manifest | No
 
 def read_open_capture(store: Store, run_id: str) -> FrozenPlan | None:
     """Return the frozen plan of the capture that is open on a run, or None."""
-    capture_id = _reserved_by(store, run_id)
-    if capture_id is None or _find_committed(store, run_id, capture_id):
+    capture_id = reserved_by(store, run_id)
+    if capture_id is None or find_committed(store, run_id, capture_id):
         return None
     path = f"{wip_path(run_id, capture_id)}/plan.json"
     return FrozenPlan.from_json(store.read_json(path)) if store.exists(path) else None
 
 
+def read_capture_tables(store: Store, plan: FrozenPlan) -> tuple[pa.Table, pa.Table]:
+    """Return the documents and tokens that an open capture adds, as its init wrote them."""
+    run_id = plan.manifest.run_id
+    documents, tokens = (
+        read_parts(store, [part_path(run_id, name, plan.part)] if plan.adds_documents else [], schema)
+        for name, schema in (("documents", DOCUMENTS), ("tokens", TOKENS))
+    )
+    return documents, tokens
+
+
 def release_committed(store: Store, run_id: str) -> None:
     """Clean up after a capture that was committed, and interrupted before it had done so itself."""
-    capture_id = _reserved_by(store, run_id)
-    if capture_id is not None and _find_committed(store, run_id, capture_id):
+    capture_id = reserved_by(store, run_id)
+    if capture_id is not None and find_committed(store, run_id, capture_id):
         _clean_up(store, run_id, capture_id)
 
 
-def init_capture(store: Store, plan: FrozenPlan, *, documents: pa.Table, tokens: pa.Table) -> None:
+def init_capture(store: Store, plan: FrozenPlan, *, documents: pa.Table, tokens: pa.Table) -> Manifest | None:
     """Reserve the run for this capture, write its tables and freeze its plan.
+
+    Any number of writers may do so at once; whoever comes when the plan is frozen writes nothing.
 
     Parameters
     ----------
@@ -78,36 +93,75 @@ def init_capture(store: Store, plan: FrozenPlan, *, documents: pa.Table, tokens:
     documents, tokens : pa.Table
         The rows that this capture adds (``tables.DOCUMENTS``, ``tables.TOKENS``), if the plan says that it does.
 
+    Returns
+    -------
+    Manifest or None
+        The run, where other writers have committed this very capture in the meantime: nothing is left to do.
+
     Raises
     ------
     CaptureInProgress
         Another capture of the run is open, or was committed since this one was planned.
     """
     run_id, capture_id = plan.manifest.run_id, plan.capture_id
-    try:
-        store.write_json(_open_path(run_id), {"capture_id": capture_id}, create=True)
-    except FileExistsError:
-        opened = store.read_json(_open_path(run_id))["capture_id"]
-        if opened != capture_id:
-            raise CaptureInProgress(
-                f"Another capture ({opened}) of run {run_id} is open.",
-                hint="Run its command again to finish it, or remove "
-                f"{store.url}/{wip_path(run_id, opened)} and {_open_path(run_id)} if it is abandoned.",
-            ) from None
-    newest = read_manifest(store, run_id)
-    if newest is not None and newest.number != plan.manifest.number:
-        store.delete(_open_path(run_id))
-        raise CaptureInProgress(
-            f"Another capture of run {run_id} was committed since this one was planned.",
-            hint="Run the command again.",
-        )
+    holder = reserve_run(store, run_id, capture_id)
+    if holder != capture_id:
+        raise open_elsewhere(store, run_id, holder)
+    committed = _find_overtaken(store, plan)
+    path = _plan_path(plan)
+    if committed is not None or store.exists(path):
+        return committed
     if plan.adds_documents:
         for name, table in (("documents", documents), ("tokens", tokens)):
             store.write(part_path(run_id, name, plan.part), to_parquet(table))
     create_arrays(store, plan.manifest)
-    path = f"{wip_path(run_id, capture_id)}/plan.json"
-    if not store.exists(path):
-        store.write_json(path, plan.to_json())
+    with suppress(FileExistsError):
+        store.write_json(path, plan.to_json(), create=True)
+    # Others may have begun this capture, ended it and cleaned up while this process stood still.
+    return _find_overtaken(store, plan)
+
+
+def _find_overtaken(store: Store, plan: FrozenPlan) -> Manifest | None:
+    """Return the run if this very capture was committed since it was planned, and None if nothing was.
+
+    Raises
+    ------
+    CaptureInProgress
+        Another capture was committed, or the run removed.
+    """
+    run_id = plan.manifest.run_id
+    newest = read_manifest(store, run_id)
+    if (newest.number if newest else 0) == plan.manifest.number:
+        return None
+    committed = find_committed(store, run_id, plan.capture_id)
+    _clean_up(store, run_id, plan.capture_id)
+    if committed is None:
+        raise _was_overtaken(run_id)
+    return committed
+
+
+def _was_overtaken(run_id: str) -> CaptureInProgress:
+    return CaptureInProgress(
+        f"Another capture of run {run_id} was committed since this one was planned, or the run was removed.",
+        hint="Run the command again.",
+    )
+
+
+def open_elsewhere(store: Store, run_id: str, holder: str | None) -> CaptureInProgress:
+    """Return the error that says which other capture of a run is open, or who else holds it."""
+    if holder in (REMOVING, COLLECTING):
+        return CaptureInProgress(
+            f"Run {run_id} is held by layerlake {holder}, which removes objects of it.",
+            hint=f"Run the command again when that is done; if it was interrupted: layerlake {holder} {store.url}",
+        )
+    return CaptureInProgress(
+        f"Another capture ({holder}) of run {run_id} is open.",
+        hint=f"Run its command again to finish it, or remove it if it is abandoned: layerlake gc {store.url}",
+    )
+
+
+def _plan_path(plan: FrozenPlan) -> str:
+    return f"{wip_path(plan.manifest.run_id, plan.capture_id)}/plan.json"
 
 
 def _ledger_path(plan: FrozenPlan, partition: int) -> str:
@@ -120,30 +174,117 @@ def pending_work(store: Store, plan: FrozenPlan) -> list[PartitionWork]:
     return [work for work in plan.work if f"{work.index:08d}.json" not in done]
 
 
-def begin_attempt(store: Store, plan: FrozenPlan, partition: int) -> None:
-    """Note that somebody is about to compute a partition, before its first forward."""
+def is_wanted(store: Store, plan: FrozenPlan, partition: int) -> bool:
+    """Tell whether a partition has yet to be written: it has no ledger, and the capture is open.
+
+    Looks in this order: a committed capture loses its plan before its ledgers.
+    """
+    return not store.exists(_ledger_path(plan, partition)) and is_open(store, plan)
+
+
+def is_open(store: Store, plan: FrozenPlan) -> bool:
+    """Tell whether a capture is begun, and neither committed nor removed."""
+    return reserved_by(store, plan.manifest.run_id) == plan.capture_id and store.exists(_plan_path(plan))
+
+
+def begin_attempt(store: Store, plan: FrozenPlan, partition: int) -> int:
+    """Note that somebody is about to compute a partition, before its first forward; return which attempt it is."""
     folder = f"{wip_path(plan.manifest.run_id, plan.capture_id)}/attempts"
+    started = datetime.now(UTC).isoformat(timespec="milliseconds")
+    note = {"started": started, "by": f"{platform.node()}:{os.getpid()}"}
     attempt = 0
     while True:
         try:
-            started = datetime.now(UTC).isoformat(timespec="seconds")
-            store.write_json(f"{folder}/{partition:08d}-{attempt}.json", {"started": started}, create=True)
+            store.write_json(f"{folder}/{partition:08d}-{attempt}.json", note, create=True)
         except FileExistsError:
             attempt += 1
         else:
-            return
+            return attempt
 
 
-def write_ledger(store: Store, plan: FrozenPlan, partition: int, objects: list[dict[str, Any]]) -> None:
-    """Record that a partition's objects are all written; whoever comes second keeps the first ledger."""
+def write_ledger(
+    store: Store,
+    plan: FrozenPlan,
+    partition: int,
+    objects: list[dict[str, Any]],
+    *,
+    attempt: int = 0,
+    nonfinite: Mapping[str, int] | None = None,
+    writer: Mapping[str, Any] | None = None,
+) -> None:
+    """Record that a partition's objects are all written; whoever comes second keeps the first ledger.
+
+    Parameters
+    ----------
+    store, plan, partition
+        Which.
+    objects : list of dict
+        A record of each object (``tables.OBJECTS``).
+    attempt : int
+        Which attempt at the partition it comes from: tells a ledger from the one that it replaces.
+    nonfinite : mapping, optional
+        site → values that are not finite in the stored dtype.
+    writer : mapping, optional
+        What is worth knowing of the writer and is not identity: versions, device, self-check.
+    """
+    ledger = {
+        "attempt": attempt,
+        "objects": objects,
+        "nonfinite": dict(nonfinite or {}),
+        "writer": dict(writer or {}),
+    }
+    with suppress(FileExistsError):
+        store.write_json(_ledger_path(plan, partition), ledger, create=True)
+
+
+def withdraw_disputed(store: Store, plan: FrozenPlan) -> list[int]:
+    """Hold the objects of partitions that were attempted more than once against their ledgers.
+
+    Where they differ (two writers on unlike machines wrote the same partition) the ledger is withdrawn, so
+    that the partition is pending again. Reads the objects of those partitions.
+
+    Returns
+    -------
+    list of int
+        The partitions whose ledgers were withdrawn.
+    """
+    attempts = store.list(f"{wip_path(plan.manifest.run_id, plan.capture_id)}/attempts")
+    count = Counter(int(name.partition("-")[0]) for name in attempts)
+    return [index for index, n in count.items() if n > 1 and _withdraw_if_disputed(store, plan, index)]
+
+
+def _withdraw_if_disputed(store: Store, plan: FrozenPlan, partition: int) -> bool:
+    ledger = _read_ledger(store, plan, partition)
+    if ledger is None:  # not written yet; or another writer has committed the capture
+        return False
+    if all(_is_as_recorded(store, plan.manifest.run_id, record) for record in ledger["objects"]):
+        return False
+    if _read_ledger(store, plan, partition) == ledger:  # and not one that has taken its place meanwhile
+        store.delete(_ledger_path(plan, partition))
+    return True
+
+
+def _read_ledger(store: Store, plan: FrozenPlan, partition: int) -> dict[str, Any] | None:
     try:
-        store.write_json(_ledger_path(plan, partition), {"objects": objects}, create=True)
-    except FileExistsError:
-        return
+        ledger: dict[str, Any] = store.read_json(_ledger_path(plan, partition))
+    except FileNotFoundError:
+        return None
+    return ledger
 
 
-def finalise_capture(store: Store, plan: FrozenPlan, *, provenance: dict[str, Any]) -> Manifest:
+def _is_as_recorded(store: Store, run_id: str, record: dict[str, Any]) -> bool:
+    try:
+        content = store.read(f"{run_path(run_id)}/{record['name']}")
+    except FileNotFoundError:
+        return False
+    found = (len(content), f"{zlib.crc32(content):08x}")
+    return found == (record["nbytes"], record["crc32"])
+
+
+def finalise_capture(store: Store, plan: FrozenPlan) -> Manifest:
     """Commit the next manifest once every partition has its ledger, and remove the work in progress.
+
+    Of several who finalise at once, one commits, and all return the same snapshot.
 
     Parameters
     ----------
@@ -151,52 +292,79 @@ def finalise_capture(store: Store, plan: FrozenPlan, *, provenance: dict[str, An
         The lake.
     plan : FrozenPlan
         The plan whose partitions are written.
-    provenance : dict
-        What is worth knowing and is not identity: versions, device, self-check.
 
     Raises
     ------
-    CorruptRun
+    CaptureUnfinished
         A partition has no ledger.
+    CaptureInProgress
+        The capture is not open: another was committed since it was planned, or the run was removed.
     """
     run_id, capture_id = plan.manifest.run_id, plan.capture_id
-    committed = _find_committed(store, run_id, capture_id)
+    committed = find_committed(store, run_id, capture_id)
     if committed is None:
-        committed = _commit(store, plan, provenance)
+        try:
+            committed = _commit(store, plan)
+        except (FileExistsError, CaptureUnfinished, CaptureInProgress) as error:
+            # Only one capture of a run is ever open: whoever was faster committed this same plan and cleaned up.
+            committed = find_committed(store, run_id, capture_id)
+            if committed is None:
+                raise (_was_overtaken(run_id) if isinstance(error, FileExistsError) else error) from None
     _clean_up(store, run_id, capture_id)
     return committed
 
 
-def _commit(store: Store, plan: FrozenPlan, provenance: dict[str, Any]) -> Manifest:
+def _commit(store: Store, plan: FrozenPlan) -> Manifest:
     run_id, capture_id = plan.manifest.run_id, plan.capture_id
+    if not is_open(store, plan):  # else its ledgers, which have gone too, would be taken for others' work
+        raise _was_overtaken(run_id)
     missing = [work.index for work in pending_work(store, plan)]
     if missing:
-        raise CorruptRun(f"Capture {capture_id} cannot be finalised: partitions {missing} are not written.")
-    records = [
-        record for work in plan.work for record in store.read_json(_ledger_path(plan, work.index))["objects"]
-    ]
+        raise _unfinished(plan, missing)
+    ledgers = []
+    for work in plan.work:
+        if (ledger := _read_ledger(store, plan, work.index)) is None:  # withdrawn since
+            raise _unfinished(plan, [work.index])
+        ledgers.append(ledger)
+    records = [record for ledger in ledgers for record in ledger["objects"]]
     store.write(part_path(run_id, "objects", plan.part), to_parquet(pa.Table.from_pylist(records, OBJECTS)))
+    nonfinite = sum((Counter(ledger["nonfinite"]) for ledger in ledgers), Counter[str]())
+    writers = [ledger["writer"] for ledger in ledgers]
+    others = [writer for i, writer in enumerate(writers) if writer not in writers[:i]][1:]
     entry = {
         "capture_id": capture_id,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "request": plan.request,
         "sites": sorted({site for work in plan.work for site in work.sites}),
         "partitions": [work.index for work in plan.work],
-        **provenance,
+        "nonfinite": dict(sorted(nonfinite.items())),
+        **writers[0],
+        **({"other_writers": others} if others else {}),
     }
     added = ("documents", "tokens", "objects") if plan.adds_documents else ("objects",)
     parts = plan.manifest.parts | {name: (*plan.manifest.parts.get(name, ()), plan.part) for name in added}
+    if not is_open(store, plan):
+        raise _was_overtaken(run_id)
     manifest = dataclasses.replace(plan.manifest, parts=parts, captures=(*plan.manifest.captures, entry))
-    try:
-        return commit_manifest(store, manifest)
-    except FileExistsError:
-        # Only one capture of a run is ever open, so the one who came first committed this same plan.
-        committed = _find_committed(store, run_id, capture_id)
-        if committed is None:
-            raise
-        return committed
+    return commit_manifest(store, manifest)
+
+
+def _unfinished(plan: FrozenPlan, missing: list[int]) -> CaptureUnfinished:
+    shown = f"{', '.join(map(str, missing[:20]))}{', …' if len(missing) > 20 else ''}"
+    return CaptureUnfinished(
+        f"{len(missing)} of {len(plan.work)} partitions of capture {plan.capture_id} of run "
+        f"{plan.manifest.run_id} are not written: {shown}.",
+        hint="Run the capture again, for all of it or for those partitions.",
+    )
 
 
 def _clean_up(store: Store, run_id: str, capture_id: str) -> None:
-    """Remove what a committed capture leaves behind; its reservation last, so that the rest can be found."""
-    store.delete(wip_path(run_id, capture_id))
-    store.delete(_open_path(run_id))
+    """Remove what a committed capture leaves behind.
+
+    Its plan goes first, so that no late writer goes on; its reservation last, so that the rest can be found.
+    """
+    folder = wip_path(run_id, capture_id)
+    store.delete(f"{folder}/plan.json")
+    store.delete(folder)
+    if reserved_by(store, run_id) == capture_id:
+        store.delete(reservation_path(run_id))

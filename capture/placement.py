@@ -17,17 +17,54 @@ __all__ = ["EncodedDocument", "Placement", "batch_documents", "place_documents"]
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedDocument:
-    """One input document after tokenisation."""
+class Prompt:
+    """What a document is in a task."""
 
-    source: str
-    """Where in the dataset it came from."""
+    task: str
+    split: str | None
+    item: int
+    """The number of the item's row in its dataset."""
+    role: str
+    """``sentence1``, ``sentence2``; ``choice0`` …; ``continuation``."""
+    label: int | None
+    """The item's: whether a word means the same (1), or the number of the right choice."""
+    word: str | None
+    """The word in question, as a dictionary has it."""
+    span: tuple[int, int] | None
+    """The positions of the word or the continuation in the stored tokens, half-open; None if refused."""
+    span_chars: int
+    """The characters that the span stands for, without the blank that joins a continuation to its context."""
+
+    def columns(self) -> dict[str, object]:
+        """Return its columns of ``tables.DOCUMENTS``."""
+        start, end = self.span or (None, None)
+        return {
+            "task": self.task,
+            "split": self.split,
+            "item": self.item,
+            "role": self.role,
+            "label": self.label,
+            "word": self.word,
+            "span_start": start,
+            "span_end": end,
+            "span_chars": self.span_chars,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedDocument:
+    """One document after tokenisation."""
+
+    sources: tuple[str, ...]
+    """Where in the dataset it came from: one row, or the rows that are joined in a window."""
     token_ids: npt.NDArray[np.int32]
     """The tokens to store, BOS included, cut to the context; empty if refused."""
     n_source_tokens: int
     """Tokens before cutting, BOS included."""
     refusal: str | None = None
     """Why it is not stored."""
+    prompt: Prompt | None = None
+    """What it is in a task; None for plain text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +88,7 @@ def place_documents(
     Parameters
     ----------
     encoded : sequence of EncodedDocument
-        The input documents in order.
+        The documents in order.
     geometry : Geometry
         The run's.
     first_document, first_partition : int
@@ -66,9 +103,10 @@ def place_documents(
             "document": document,
             "status": "stored",
             "reason": item.refusal,
-            "source": item.source,
+            "sources": item.sources,
             "n_tokens": len(item.token_ids),
             "n_source_tokens": item.n_source_tokens,
+            **(item.prompt.columns() if item.prompt else {}),
         }
         if item.refusal is not None:
             rows.append(row | {"status": "refused", "n_tokens": 0})

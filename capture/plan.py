@@ -4,94 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from ..catalog.errors import CorpusError, PlanError
+from ..catalog.errors import PlanError
 from ..catalog.lake import check_creatable
-from ..catalog.layout import Geometry, array_spec, itemsize, plan_geometry
+from ..catalog.layout import LAKE_MARKER, Geometry, plan_geometry
 from ..catalog.manifest import Manifest, read_manifest
 from ..catalog.run import Run
-from ..catalog.sites import SITES, parse_sites
-from ..catalog.sizes import parse_count, parse_nbytes
+from ..catalog.shapes import ModelShape
+from ..catalog.sites import parse_analyses, parse_sites
+from ..catalog.sizes import format_nbytes, parse_count, parse_nbytes
 from ..catalog.stores import Store
 from ..catalog.tables import DOCUMENTS, TOKENS
-from .corpus import Corpus, encode_corpus, open_corpus, resolve_bos
-from .description import ModelDescription, describe_model, slug
-from .frozen import FrozenPlan, PartitionWork, digest_json
-from .model import require_compute_dtype
-from .phases import read_open_capture
-from .placement import EncodedDocument, Placement, batch_documents, place_documents
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .corpus import Corpus, encode_corpus, open_corpus
+from .cost import SiteCost, cheapest_sites, count_requests, forward_flops, site_costs
+from .description import ModelDescription, describe_model, describe_shape, shape_of, slug
+from .encoder import TextEncoder, resolve_bos
+from .frozen import FrozenPlan, digest_json
+from .known_models import KNOWN_MODELS
+from .memory import MemoryPlan, plan_memory
+from .missing import lacking_sites, next_manifest, partition_work, place_missing
+from .model_store import has_model
+from .phases import open_elsewhere, read_capture_tables, read_open_capture
+from .placement import EncodedDocument, Placement, place_documents
+from .spec import CaptureSpec, complete_spec
 
 __all__ = ["CapturePlan", "CaptureSpec", "SiteCost", "plan_capture"]
 
 _DEFAULT_CONTEXT = 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CaptureSpec:
-    """What to capture: one model, one corpus, some sites."""
-
-    model: str | os.PathLike[str] | PreTrainedModel = field(repr=False)
-    """A hub id, a local directory, or a model that is loaded already."""
-    dataset: str | os.PathLike[str]
-    """A dataset id of the hub, or a local txt, jsonl, parquet or arrow file."""
-    sites: tuple[str, ...] | str = "all"
-    """Site names, or ``"all"``."""
-    max_tokens: int | str | None = None
-    """Stop at the last whole document that fits; None takes the whole dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of the model on the hub."""
-    tokenizer: str | PreTrainedTokenizerBase | None = None
-    """Another tokenizer than the model's own; needed for a loaded model."""
-    dataset_config: str | None = None
-    dataset_revision: str | None = None
-    split: str = "train"
-    """The split of a hub dataset."""
-    text_column: str | None = None
-    """The column that holds the text; None is ``text``."""
-    sample_by: str = "paragraph"
-    """What is a document of a txt file: paragraph, line or file."""
-    min_tokens: int = 3
-    """Shorter documents are refused; BOS counts."""
-    context: int | None = None
-    """Longer documents are cut; None is the smaller of 512 and what the model can take. BOS counts."""
-    bos: str = "auto"
-    """``auto`` (the tokenizer's BOS, else EOS, else none), ``none``, or a token id."""
-    dtype: str = "float16"
-    """What is stored: float16, bfloat16 or float32."""
-    compute_dtype: str = "float32"
-    """What the model runs in."""
-    device: str = "auto"
-    """``auto``, ``cpu``, ``cuda``, ``cuda:1``."""
-    max_memory: int | str = "4GiB"
-    """Bounds what the capture allocates beyond the loaded model; decides the size of a partition."""
-    partition_tokens: int | None = None
-    """Token rows of a partition; None lets ``max_memory`` decide."""
-    batch_tokens: int = 4096
-    """The most padded tokens of one forward."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class SiteCost:
-    """What a capture will write of one site."""
-
-    site: str
-    shape: tuple[int, ...]
-    """The array after the capture, unwritten rows between partitions included."""
-    chunks: tuple[int, ...]
-    n_objects: int
-    """Shards that this capture writes: one a layer and partition."""
-    nbytes: int
-    """Uncompressed bytes of the chunks that this capture writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +43,8 @@ class CapturePlan:
     """A capture, planned but not begun. ``frozen`` is None where the lake holds all of it already."""
 
     spec: CaptureSpec
-    model: ModelDescription
-    run_id: str
+    model: ModelDescription | None
+    """None in a plan without a dataset, which needs only the model's shape."""
     manifest: Manifest
     """The run as it will be."""
     existing: Manifest | None
@@ -110,22 +54,37 @@ class CapturePlan:
     """The document rows that the capture adds."""
     tokens: pa.Table
     """The token rows that the capture adds."""
-    costs: tuple[SiteCost, ...]
+    costs: tuple[SiteCost, ...] = ()
+    memory: MemoryPlan | None = None
+    n_requests: int = 0
+    """Objects that one writer puts into the store, metadata included."""
+    flops: int = 0
+    """Floating-point operations of the forwards."""
+    free_nbytes: int | None = None
+    """Free space of a local lake."""
+    partial_sites: tuple[str, ...] = ()
+    """Sites of the run that this capture leaves out of the documents that it adds."""
+
+    @property
+    def run_id(self) -> str:
+        """The run's id; empty in a plan without a dataset."""
+        return self.manifest.run_id
 
     @property
     def nbytes(self) -> int:
-        """Uncompressed bytes of all sites that this capture writes."""
+        """Bytes of all sites that this capture writes (:class:`SiteCost`)."""
         return sum(cost.nbytes for cost in self.costs)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan's numbers."""
-        manifest = self.manifest
+        manifest, memory = self.manifest, self.memory
         statuses = self.documents["status"].to_pylist()
         return {
-            "run": self.run_id,
-            "model": self.model.name,
+            "run": self.run_id or None,
+            "model": manifest.model_name,
             "dataset": manifest.dataset,
             "dtype": manifest.dtype,
+            "codec": manifest.codec,
             "context": manifest.geometry.context,
             "bos_token_id": manifest.bos_token_id,
             "documents_stored": statuses.count("stored") + statuses.count("cut"),
@@ -134,7 +93,14 @@ class CapturePlan:
             "tokens": self.tokens.num_rows,
             "partitions": len(self.frozen.work) if self.frozen else 0,
             "partition_tokens": manifest.geometry.partition_tokens,
+            "batch_tokens": memory.batch_tokens if memory else None,
             "nbytes": self.nbytes,
+            "objects": sum(cost.n_objects for cost in self.costs),
+            "put_requests": self.n_requests,
+            "peak_host_nbytes": memory.peak_nbytes if memory else None,
+            "free_nbytes": self.free_nbytes,
+            "flops": self.flops,
+            "partial_sites": list(self.partial_sites),
             "sites": [dataclasses.asdict(cost) for cost in self.costs],
         }
 
@@ -142,7 +108,8 @@ class CapturePlan:
 def plan_capture(spec: CaptureSpec, lake: str | os.PathLike[str] | None = None) -> CapturePlan:
     """Plan a capture without writing anything and without loading weights.
 
-    Tokenises the corpus up to ``max_tokens``; hashes local weight files.
+    Hashes local weight files (a large one once), and tokenises the corpus up to ``max_tokens``. Where the lake
+    has answered the same request before, or a capture that does is open, the corpus is not read.
 
     Parameters
     ----------
@@ -155,41 +122,47 @@ def plan_capture(spec: CaptureSpec, lake: str | os.PathLike[str] | None = None) 
     ------
     ModelError, CorpusError, SiteNotFound, PlanError
         What was asked for cannot be done; nothing was written.
+    CaptureInProgress
+        A different capture of the same run is open.
     """
-    sites = parse_sites(spec.sites)
-    itemsize(spec.dtype)
-    require_compute_dtype(spec.compute_dtype)
-    _require_positive(spec)
+    spec = complete_spec(spec)
     store = Store(lake) if lake is not None else None
     if store is not None:
         check_creatable(store)
+    if spec.dataset is None and spec.task is None:
+        return _plan_full_windows(spec, store)
     model = describe_model(
-        spec.model, revision=spec.revision, tokenizer=spec.tokenizer, trust_remote_code=spec.trust_remote_code
+        spec.model,
+        revision=spec.revision,
+        tokenizer=spec.tokenizer,
+        trust_remote_code=spec.trust_remote_code,
+        store=store,
     )
-    corpus = open_corpus(
-        os.fspath(spec.dataset),
-        config=spec.dataset_config,
-        split=spec.split,
-        revision=spec.dataset_revision,
-        text_column=spec.text_column,
-        sample_by=spec.sample_by,
-    )
-    context = spec.context or min(_DEFAULT_CONTEXT, model.shape.n_ctx)
-    if context > model.shape.n_ctx:
-        raise PlanError(
-            f"A context of {context} tokens is more than the {model.shape.n_ctx} that {model.name} takes."
-        )
-    bos = resolve_bos(spec.bos, model.tokenizer, model.shape.n_vocab)
+    corpus = open_corpus(spec)
+    context = _context(spec, model.shape, model.name)
+    bos = resolve_bos(spec.bos, model.special_ids, model.shape.n_vocab, of_tokenizer=corpus.bos_of_tokenizer)
     identity = _identity(spec, model, corpus, context, bos)
     run_id = f"{slug(model.name)}-{digest_json(identity, 8)}"
-
-    opened = read_open_capture(store, run_id) if store else None
     existing = read_manifest(store, run_id) if store else None
-    geometry = _geometry(spec, model, context, existing or (opened.manifest if opened else None))
-    held = Run(store, existing) if store and existing else None
-    encode = _encoder(spec, corpus, model, bos, context)
-    placement = _place(encode, spec, geometry, held)
-    n_threads = opened.n_threads if opened else _intra_op_threads()
+    sites = _sites(spec, model.shape, context)
+    asked = _Asked(spec=spec, sites=sites, store=store, model=model, existing=existing)
+
+    if existing is not None and asked.is_answered:
+        _require_run_s_own(spec, existing)
+        return asked.nothing_to_do(existing)
+    opened = read_open_capture(store, run_id) if store else None
+    if store is not None and opened is not None:
+        if opened.request != asked.request:
+            raise open_elsewhere(store, run_id, opened.capture_id)
+        _require_run_s_own(spec, opened.manifest)
+        return _priced(asked, opened, *read_capture_tables(store, opened))
+
+    def encode(skip: int, budget: int | None) -> list[EncodedDocument]:
+        encoder = TextEncoder(model.tokenizer, bos, context, spec.min_tokens or 1, model.shape.n_vocab)
+        return list(encode_corpus(corpus, encoder, max_tokens=budget, skip=skip))
+
+    geometry = _geometry(spec, model.shape, context, existing)
+    placement = place_missing(encode, asked.max_tokens, geometry, asked.held)
     current = existing or Manifest(
         run_id=run_id,
         model_id=model.model_id,
@@ -200,29 +173,196 @@ def plan_capture(spec: CaptureSpec, lake: str | os.PathLike[str] | None = None) 
         geometry=geometry,
         dtype=spec.dtype,
         bos_token_id=bos,
+        codec=spec.codec or "none",
     )
-    manifest = _next_manifest(current, placement, sites)
-    work = _work(spec, sites, held, placement)
+    return _plan_work(asked, current, placement)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What is asked for, and what there is."""
+
+    spec: CaptureSpec
+    sites: tuple[str, ...]
+    store: Store | None
+    model: ModelDescription | None = None
+    existing: Manifest | None = None
+
+    @property
+    def max_tokens(self) -> int | None:
+        return None if self.spec.max_tokens is None else parse_count(self.spec.max_tokens)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What is asked for beyond the run's identity."""
+        return {"sites": list(self.sites), "max_tokens": self.max_tokens}
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether a capture of the run was asked for as many tokens, and for these sites or more."""
+        captures = self.existing.captures if self.existing else ()
+        return any(
+            entry["request"]["max_tokens"] == self.max_tokens
+            and set(self.sites) <= set(entry["request"]["sites"])
+            for entry in captures
+            if entry.get("request")
+        )
+
+    @property
+    def held(self) -> Run | None:
+        """The run as it is."""
+        return Run(self.store, self.existing) if self.store and self.existing else None
+
+    def nothing_to_do(self, manifest: Manifest) -> CapturePlan:
+        documents, tokens = DOCUMENTS.empty_table(), TOKENS.empty_table()
+        return CapturePlan(self.spec, self.model, manifest, self.existing, None, documents, tokens)
+
+    def memory(self, manifest: Manifest) -> MemoryPlan:
+        """Share out the memory."""
+        return plan_memory(
+            manifest.shape,
+            manifest.geometry,
+            sites=self.sites,
+            dtype=manifest.dtype,
+            compute_dtype=self.spec.compute_dtype,
+            batch_tokens=max(self.spec.batch_tokens, manifest.geometry.context),
+            max_memory=self.spec.max_memory,
+            n_tokens=manifest.n_tokens,
+            on_host=_runs_on_host(self.spec.device),
+            is_local=self.store is None or self.store.is_local,
+        )
+
+
+def _sites(spec: CaptureSpec, shape: ModelShape, context: int) -> tuple[str, ...]:
+    if spec.analyses is not None:
+        return cheapest_sites(parse_analyses(spec.analyses), shape, context=context, dtype=spec.dtype)
+    return parse_sites("all" if spec.sites is None else spec.sites)
+
+
+def _plan_full_windows(spec: CaptureSpec, store: Store | None) -> CapturePlan:
+    """Plan for a corpus that is not there: full windows, as many as ``max_tokens`` asks for."""
+    if spec.max_tokens is None:
+        raise PlanError(
+            "Without a dataset there is no saying how many tokens there are.",
+            hint="Give --max-tokens, or --dataset.",
+        )
+    if not isinstance(spec.model, str | os.PathLike):
+        name, shape = type(spec.model).__name__, shape_of(spec.model.config)
+    else:
+        name = os.fspath(spec.model)
+        shape = KNOWN_MODELS.get(name) or describe_shape(
+            name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    context = _context(spec, shape, name)
+    asked = _Asked(spec=spec, sites=_sites(spec, shape, context), store=store)
+    n_windows = parse_count(spec.max_tokens) // context
+    if not n_windows:
+        raise PlanError(f"--max-tokens {spec.max_tokens} is less than one window of {context} tokens.")
+    window = EncodedDocument(("",), np.zeros(context, dtype=np.int32), context)
+    geometry = _geometry(spec, shape, context, None)
+    current = Manifest(
+        run_id="",
+        model_id="",
+        model_name=name,
+        shape=shape,
+        identity={},
+        dataset="full windows",
+        geometry=geometry,
+        dtype=spec.dtype,
+        bos_token_id=None,
+        codec=spec.codec or "none",
+    )
+    return _plan_work(asked, current, place_documents([window] * n_windows, geometry))
+
+
+def _plan_work(asked: _Asked, current: Manifest, placement: Placement) -> CapturePlan:
+    """Plan what is missing of these documents and sites."""
+    lacking = lacking_sites(asked.sites, asked.held, placement)
+    if not lacking:
+        return asked.nothing_to_do(current)
+    manifest = next_manifest(current, placement, asked.sites)
+    batch_tokens = min(asked.spec.batch_tokens, asked.memory(manifest).batch_tokens)
+    work = partition_work(lacking, asked.held, placement, batch_tokens)
     adds_documents = placement.documents.num_rows > 0
+    frozen = FrozenPlan(manifest, work, adds_documents, _intra_op_threads(), asked.request)
+    return _priced(asked, frozen, placement.documents, placement.tokens)
+
+
+def _priced(asked: _Asked, frozen: FrozenPlan, documents: pa.Table, tokens: pa.Table) -> CapturePlan:
+    """Return the plan with what it costs; raise PlanError if it does not fit the disk."""
+    manifest, store, held = frozen.manifest, asked.store, asked.held
+    costs = site_costs(manifest, frozen.work)
+    needed, free = sum(cost.nbytes for cost in costs), store.free_nbytes() if store else None
+    if store is not None and free is not None and needed > free and manifest.codec == "none":
+        raise PlanError(
+            f"The capture needs {format_nbytes(needed)}, and '{store.url}' has {format_nbytes(free)} left.",
+            hint="Capture fewer tokens (--max-tokens) or sites (--sites, --for), or elsewhere.",
+        )
+    lengths: dict[int, int] = {}
+    for table in (documents, *([held.documents] if held else [])):
+        columns = (table[name].to_pylist() for name in ("document", "n_tokens"))
+        lengths |= dict(zip(*columns, strict=True))
+    left_out = [s for s in manifest.sites if held and s not in asked.sites] if frozen.adds_documents else []
     return CapturePlan(
-        spec=spec,
-        model=model,
-        run_id=run_id,
-        manifest=manifest if work else current,
-        existing=existing,
-        frozen=FrozenPlan(manifest, work, adds_documents, n_threads) if work else None,
-        documents=placement.documents,
-        tokens=placement.tokens,
-        costs=_costs(manifest, work),
+        spec=asked.spec,
+        model=asked.model,
+        manifest=manifest,
+        existing=asked.existing,
+        frozen=frozen,
+        documents=documents,
+        tokens=tokens,
+        costs=costs,
+        memory=asked.memory(manifest),
+        n_requests=count_requests(
+            manifest,
+            frozen.work,
+            adds_documents=frozen.adds_documents,
+            has_lake=store is not None and store.exists(LAKE_MARKER),
+            has_model=store is not None
+            and asked.model is not None
+            and has_model(store, asked.model.model_id),
+        ),
+        flops=forward_flops(
+            manifest.shape, (lengths[n] for work in frozen.work for batch in work.batches for n in batch)
+        ),
+        free_nbytes=free,
+        partial_sites=tuple(left_out),
     )
 
 
-def _require_positive(spec: CaptureSpec) -> None:
-    parse_nbytes(spec.max_memory)
-    for name in ("min_tokens", "context", "partition_tokens", "batch_tokens"):
-        value = getattr(spec, name)
-        if value is not None and value < 1:
-            raise PlanError(f"--{name.replace('_', '-')} must be positive, not {value}.")
+def _runs_on_host(device: str) -> bool:
+    if device != "auto":
+        return device == "cpu"
+    try:
+        import torch
+    except ImportError:
+        return True
+    return not torch.cuda.is_available()
+
+
+def _context(spec: CaptureSpec, shape: ModelShape, name: str) -> int:
+    context = spec.context or (min(_DEFAULT_CONTEXT, shape.n_ctx) if spec.task is None else shape.n_ctx)
+    if context > shape.n_ctx:
+        raise PlanError(
+            f"A context of {context} tokens is more than the {shape.n_ctx} that {name} takes.",
+            hint=f"--context {shape.n_ctx}, which also wins over a preset's.",
+        )
+    return context
+
+
+def _require_run_s_own(spec: CaptureSpec, begun: Manifest) -> None:
+    """Raise PlanError if the spec asks for another geometry or codec than the run was begun with."""
+    fixed = begun.geometry.partition_tokens
+    if spec.partition_tokens not in (None, fixed):
+        raise PlanError(
+            f"Run {begun.run_id} has partitions of {fixed} tokens, not {spec.partition_tokens}.",
+            hint="Leave --partition-tokens out: a run keeps the geometry of its first capture.",
+        )
+    if spec.codec not in (None, begun.codec):
+        raise PlanError(
+            f"Run {begun.run_id} is stored with codec {begun.codec}, not {spec.codec}.",
+            hint="Leave --codec out: a run keeps the codec of its first capture.",
+        )
 
 
 def _identity(
@@ -236,145 +376,18 @@ def _identity(
     }
 
 
-def _geometry(spec: CaptureSpec, model: ModelDescription, context: int, begun: Manifest | None) -> Geometry:
-    """Take the geometry of the run's first capture, finished or open, or choose one."""
-    if begun is None:
-        return plan_geometry(
-            model.shape,
-            context=context,
-            dtype=spec.dtype,
-            max_memory=parse_nbytes(spec.max_memory),
-            partition_tokens=spec.partition_tokens,
-        )
-    fixed = begun.geometry.partition_tokens
-    if spec.partition_tokens not in (None, fixed):
-        raise PlanError(
-            f"Run {begun.run_id} has partitions of {fixed} tokens, not {spec.partition_tokens}.",
-            hint="Leave --partition-tokens out: a run keeps the geometry of its first capture.",
-        )
-    return begun.geometry
-
-
-def _encoder(
-    spec: CaptureSpec, corpus: Corpus, model: ModelDescription, bos: int | None, context: int
-) -> Callable[[int, int | None], list[EncodedDocument]]:
-    def encode(skip: int, budget: int | None) -> list[EncodedDocument]:
-        encoded = encode_corpus(
-            corpus,
-            model.tokenizer,
-            bos=bos,
-            context=context,
-            min_tokens=spec.min_tokens,
-            max_tokens=budget,
-            n_vocab=model.shape.n_vocab,
-            skip=skip,
-        )
-        return list(encoded)
-
-    return encode
-
-
-def _place(
-    encode: Callable[[int, int | None], list[EncodedDocument]],
-    spec: CaptureSpec,
-    geometry: Geometry,
-    held: Run | None,
-) -> Placement:
-    """Tokenise and place the documents that the run does not have yet."""
-    budget = None if spec.max_tokens is None else parse_count(spec.max_tokens)
-    if held is None:
-        encoded = encode(0, budget)
-        if not any(item.refusal is None for item in encoded):
-            raise _nothing_to_store(encoded, budget)
-        return place_documents(encoded, geometry)
-    n_input = held.documents.num_rows
-    left = None if budget is None else budget - held.n_tokens
-    encoded = encode(n_input, left) if left is None or left > 0 else []
-    if not any(item.refusal is None for item in encoded):
-        return Placement(DOCUMENTS.empty_table(), TOKENS.empty_table(), ())
-    following = 1 + max(partition.index for partition in held.manifest.partitions)
-    return place_documents(encoded, geometry, first_document=n_input, first_partition=following)
-
-
-def _nothing_to_store(encoded: list[EncodedDocument], budget: int | None) -> CorpusError:
-    if encoded:
-        return CorpusError(
-            f"None of the {len(encoded)} documents can be stored; the first: {encoded[0].refusal}.",
-            hint="Lower --min-tokens, or look at --text-column and --sample-by.",
-        )
-    if budget is not None:
-        return CorpusError(f"Not even the first document fits into --max-tokens {budget}.")
-    return CorpusError("The dataset is empty.")
-
-
-def _next_manifest(manifest: Manifest, placement: Placement, sites: tuple[str, ...]) -> Manifest:
-    """Return the snapshot after the capture, but for the parts and the entry that finalise adds."""
-    statuses = placement.documents["status"].to_pylist()
-    partitions = manifest.partitions + placement.partitions
-    everywhere = tuple(partition.index for partition in partitions)
-    held = {name: everywhere if name in sites else manifest.sites.get(name, ()) for name in SITES}
-    return dataclasses.replace(
-        manifest,
-        n_documents=manifest.n_documents + len(statuses) - statuses.count("refused"),
-        n_cut=manifest.n_cut + statuses.count("cut"),
-        n_refused=manifest.n_refused + statuses.count("refused"),
-        n_tokens=manifest.n_tokens + placement.tokens.num_rows,
-        partitions=partitions,
-        sites={name: indices for name, indices in held.items() if indices},
+def _geometry(spec: CaptureSpec, shape: ModelShape, context: int, begun: Manifest | None) -> Geometry:
+    """Take the geometry of the run's first capture, or choose one."""
+    if begun is not None:
+        _require_run_s_own(spec, begun)
+        return begun.geometry
+    return plan_geometry(
+        shape,
+        context=context,
+        dtype=spec.dtype,
+        max_memory=parse_nbytes(spec.max_memory),
+        partition_tokens=spec.partition_tokens,
     )
-
-
-def _work(
-    spec: CaptureSpec, sites: tuple[str, ...], held: Run | None, placement: Placement
-) -> tuple[PartitionWork, ...]:
-    """Return, for each partition that lacks something, the sites it lacks and its batches."""
-    lacking: dict[int, tuple[str, ...]] = {}
-    tables = [placement.documents]
-    if held is not None:
-        for partition in held.manifest.partitions:
-            missing = tuple(s for s in sites if partition.index not in held.manifest.sites.get(s, ()))
-            if missing:
-                lacking[partition.index] = missing
-        tables.append(held.documents)
-    lacking |= {partition.index: sites for partition in placement.partitions}
-    members: dict[int, list[tuple[int, int]]] = {index: [] for index in lacking}
-    for table in tables:
-        columns = (table[name].to_pylist() for name in ("partition", "document", "n_tokens"))
-        for partition_index, document, n_tokens in zip(*columns, strict=True):
-            if partition_index in members:
-                members[partition_index].append((document, n_tokens))
-    return tuple(
-        PartitionWork(
-            index,
-            lacking[index],
-            batch_documents(
-                [d for d, _ in members[index]], [n for _, n in members[index]], spec.batch_tokens
-            ),
-        )
-        for index in sorted(lacking)
-    )
-
-
-def _costs(manifest: Manifest, work: tuple[PartitionWork, ...]) -> tuple[SiteCost, ...]:
-    """Count objects and uncompressed bytes; a partly filled partition writes only the chunks it touches."""
-    used = {partition.index: partition for partition in manifest.partitions}
-    room = 1 + max(used)
-    costs = []
-    for name in (s for s in SITES if any(s in w.sites for w in work)):
-        site = SITES[name]
-        spec = array_spec(site, manifest.shape, manifest.geometry, dtype=manifest.dtype, n_partitions=room)
-        chunk, n_layers = manifest.geometry.chunk_rows[name], site.n_layers(manifest.shape)
-        width, value = site.width(manifest.shape), itemsize(manifest.dtype)
-        rows = [
-            used[w.index].n_pairs if site.rows == "pair" else used[w.index].n_rows
-            for w in work
-            if name in w.sites
-        ]
-        written = sum(-(-n // chunk) * chunk for n in rows)
-        costs.append(
-            SiteCost(name, spec.shape, spec.chunks, len(rows) * n_layers, written * n_layers * width * value)
-        )
-    return tuple(costs)
 
 
 def _intra_op_threads() -> int:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ..catalog.errors import AdapterMismatch, SelfCheckFailed
-from ..catalog.layout import n_pairs
+from ..catalog.layout import n_pairs, weight_specs
 from ..catalog.shapes import ModelShape
 from ..catalog.sites import SITES
 from .hooks import hook_name, listen, pad, unpad
+from .model_store import weight_chunks
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["check_model"]
 
-Values = dict[str, npt.NDArray[np.float32]]
+Array = npt.NDArray[np.float32]
 
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Allowed error relative to the largest value compared, by compute dtype."""
 
 _MAX_DOCUMENTS = 2
+_MAX_TOKENS = 128
+_MAX_LOGITS = 16
 
 
 def check_model(
@@ -34,12 +38,15 @@ def check_model(
 ) -> dict[str, float]:
     """Check the identities on the first documents of a batch and return each one's relative error.
 
+    Three forwards of at most two documents of 128 tokens. Holds the values of one layer at a time, one block of a
+    weight, and the residuals of one document.
+
     Parameters
     ----------
     model : OpenModel
         The model as it will run.
     batch : sequence of sequence of int
-        Token ids of some documents; the first two are used.
+        Token ids of some documents; the beginnings of the first two are used.
     sites : sequence of str
         The sites to be captured; identities that need others of the residual's parts are checked anyway.
     compute_dtype : str
@@ -50,25 +57,15 @@ def check_model(
     SelfCheckFailed
         An identity does not hold; the message names it with its error and its tolerance.
     """
-    ids = [list(document) for document in batch[:_MAX_DOCUMENTS]]
-    names = [site for site in ("resid", "attn_out", "mlp_out", "mlp_post", "pattern") if _wanted(site, sites)]
-    values, logits = _run(model, ids, names, with_logits=True)
-    weights = dict(model.weights())
-    resid = values["resid"]
-    errors = {
-        "resid_post = resid_pre + attn_out + mlp_out": _error(
-            resid[1:], resid[:-1] + values["attn_out"] + values["mlp_out"]
-        ),
-        "unembed(norm(resid[L])) = logits": _error(_unembed(resid[-1], weights, model), logits),
-        "padded = unpadded": _padding_error(model, ids[0], resid[:, : len(ids[0])]),
-    }
-    if "mlp_post" in values:
-        rebuilt = np.einsum("ltf,lfd->ltd", values["mlp_post"], weights["W_out"]) + weights["b_out"][:, None]
-        errors["mlp_post · W_out + b_out = mlp_out"] = _error(values["mlp_out"], rebuilt)
-    if "pattern" in values:
-        errors["pattern rows sum to 1"] = _row_sum_error(
-            values["pattern"], [len(document) for document in ids]
-        )
+    ids = [list(document[:_MAX_TOKENS]) for document in batch[:_MAX_DOCUMENTS]]
+    wanted = [
+        site for site in ("resid", "attn_out", "mlp_out", "mlp_post", "pattern") if _wanted(site, sites)
+    ]
+    layers = _LayerCheck(model, [len(document) for document in ids])
+    _run(model, ids, wanted, layers.take)
+    errors = {"padded = unpadded": _padding_error(model, ids[0])}  # first: it breaks the others too
+    errors |= {identity: error.relative for identity, error in layers.errors.items()}
+    errors |= {"unembed(norm(resid[L])) = logits": _logits_error(model, ids[0])}
     tolerance = _TOLERANCE[compute_dtype]
     for identity, error in errors.items():
         if not error <= tolerance:
@@ -82,90 +79,172 @@ def check_model(
 
 def _wanted(site: str, sites: Sequence[str]) -> bool:
     # The residual's own parts are cheap; patterns and neurons are looked at only if they will be stored.
-    return site in sites or site not in ("mlp_post", "pattern")
+    return (
+        site in sites or site not in ("mlp_post", "pattern") or (site == "pattern" and "attn_band" in sites)
+    )
+
+
+@dataclass(slots=True)
+class _Error:
+    """The largest difference seen, and the largest value that was compared."""
+
+    difference: float = 0.0
+    scale: float = 1e-30
+
+    def compare(self, found: Array, expected: Array) -> None:
+        difference = float(np.abs(found - expected).max())
+        self.difference = difference if np.isnan(difference) else max(self.difference, difference)
+        self.scale = max(self.scale, float(np.abs(found).max()))
+
+    @property
+    def relative(self) -> float:
+        return self.difference / self.scale
+
+
+class _LayerCheck:
+    """Checks a layer's values against each other as soon as they are all there, and lets go of them."""
+
+    def __init__(self, model: OpenModel, lengths: Sequence[int]) -> None:
+        self.errors: dict[str, _Error] = {}
+        self._model, self._lengths = model, lengths
+        self._held: dict[tuple[str, int], Array] = {}
+
+    def take(self, site: str, layer: int, value: Array) -> None:
+        """Take one site and layer: ``[token, width]``, or ``[head, pair]``."""
+        if site == "pattern":
+            error = self.errors.setdefault("pattern rows sum to 1", _Error(scale=1.0))
+            error.difference = max(error.difference, _row_sum_error(value, self._lengths))
+            return
+        self._held[site, layer] = value
+        if site == "mlp_out" and ("mlp_post", layer) in self._held:
+            self._check_neurons(layer)
+        if site == "resid" and layer:
+            before = self._held.pop(("resid", layer - 1))
+            parts = [self._held.pop((part, layer - 1)) for part in ("attn_out", "mlp_out")]
+            error = self.errors.setdefault("resid_post = resid_pre + attn_out + mlp_out", _Error())
+            error.compare(value, before + parts[0] + parts[1])
+
+    def _check_neurons(self, layer: int) -> None:
+        neurons = self._held.pop(("mlp_post", layer))
+        spec = weight_specs(self._model.shape)["W_out"]
+        everything = slice(None)
+        rebuilt = self._model.weight("b_out", (slice(layer, layer + 1), everything))
+        for _, (_, rows, columns) in weight_chunks(replace(spec, shape=(1, *spec.shape[1:]))):
+            block = self._model.weight("W_out", (slice(layer, layer + 1), rows, columns))
+            rebuilt = rebuilt + neurons[:, rows] @ block[0]
+        error = self.errors.setdefault("mlp_post · W_out + b_out = mlp_out", _Error())
+        error.compare(self._held["mlp_out", layer], rebuilt)
 
 
 def _run(
-    model: OpenModel, ids: Sequence[Sequence[int]], sites: Sequence[str], *, with_logits: bool = False
-) -> tuple[Values, npt.NDArray[np.float32]]:
-    """Run documents and return each site as ``[layer, token, width]`` (``[layer, head, pair]``), and the logits."""
+    model: OpenModel,
+    ids: Sequence[Sequence[int]],
+    sites: Sequence[str],
+    take: Callable[[str, int, Array], None],
+    *,
+    with_logits: bool = False,
+) -> Array:
+    """Run documents, hand on each site and layer without padding, in float32, and return the logits if asked."""
     import torch
 
-    lengths = [len(document) for document in ids]
-    kept: dict[str, torch.Tensor] = {}
-    wanted = {
-        site: [
-            hook_name(site, layer, model.shape) for layer in range(model.shape.n_layers + (site == "resid"))
-        ]
-        for site in sites
-    }
-    observers = {
-        name: (lambda value, name=name: kept.__setitem__(name, unpad(value, lengths)))
-        for names in wanted.values()
-        for name in names
-    }
+    lengths, seen = [len(document) for document in ids], set()
+
+    def observer(site: str, layer: int) -> Callable[[torch.Tensor], None]:
+        def observe(value: torch.Tensor) -> None:
+            seen.add((site, layer))
+            flat = (
+                _numpy(unpad(value, lengths))
+                if value.ndim == (4 if site == "pattern" else 3)
+                else _numpy(value)
+            )
+            _require_shape(flat.shape, site, layer, model.shape, lengths)
+            take(site, layer, flat)
+
+        return observe
+
+    asked = [(site, layer) for site in sites for layer in range(SITES[site].n_layers(model.shape))]
+    observers: dict[str, list[Callable[[torch.Tensor], None]]] = {}
+    for site, layer in asked:
+        observers.setdefault(hook_name(site, layer, model.shape), []).append(observer(site, layer))
     padded = pad(ids, device=model.device)
+    logits = np.empty(0, dtype=np.float32)
     with torch.inference_mode(), listen(model, observers):
         if with_logits:
-            logits = unpad(model.bridge.original_model(padded, use_cache=False).logits, lengths)
+            logits = _numpy(unpad(model.bridge.original_model(padded, use_cache=False).logits, lengths))
         else:
             model.body(padded, use_cache=False)
-            logits = torch.zeros(0)
-    _require_shapes(kept, wanted, model.shape, lengths)
-    values = {site: np.stack([_numpy(kept[name]) for name in names]) for site, names in wanted.items()}
-    return values, _numpy(logits)
-
-
-def _require_shapes(
-    kept: dict[str, torch.Tensor],
-    wanted: dict[str, list[str]],
-    shape: ModelShape,
-    lengths: Sequence[int],
-) -> None:
-    """Raise AdapterMismatch unless every hook was called with a value of its site's shape."""
-    for site, names in wanted.items():
-        width, is_pair = SITES[site].width(shape), SITES[site].rows == "pair"
-        expected = (width, sum(map(n_pairs, lengths))) if is_pair else (sum(lengths), width)
-        for name in names:
-            found = tuple(kept[name].shape) if name in kept else None
-            if found != expected:
-                what = f"gives values of shape {found}, not {expected}" if found else "is never called"
-                raise AdapterMismatch(
-                    f"TransformerLens's hook '{name}' {what} in this {shape.family} model.",
-                    hint=f"Leave {site} out with --sites.",
-                )
-
-
-def _numpy(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
-    values: npt.NDArray[np.float32] = tensor.float().cpu().numpy()
-    return values
-
-
-def _error(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
-    return float(np.abs(found - expected).max() / max(1e-30, float(np.abs(found).max())))
-
-
-def _unembed(x: npt.NDArray[np.float32], weights: Values, model: OpenModel) -> npt.NDArray[np.float32]:
-    """Apply the stored final norm and unembedding, as the analyses will: ``[token, vocab]``."""
-    if model.shape.norm == "layernorm":
-        x = x - x.mean(axis=-1, keepdims=True)
-    scale = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + model.shape.norm_eps)
-    normed = x / scale * weights["ln_final.w"] + weights["ln_final.b"]
-    logits: npt.NDArray[np.float32] = normed @ weights["W_U"] + weights["b_U"]
+    for site, layer in asked:
+        if (site, layer) not in seen:
+            _require_shape(None, site, layer, model.shape, lengths)
     return logits
 
 
-def _padding_error(model: OpenModel, ids: Sequence[int], padded: npt.NDArray[np.float32]) -> float:
-    """Compare a document run alone with the same document among padding (made longer where nothing pads it)."""
-    room = model.shape.n_ctx - len(ids)
-    if room == 0:
-        ids, padded = ids[:-1], padded[:, : len(ids) - 1]
-    alone, _ = _run(model, [ids], ["resid"])
-    beside, _ = _run(model, [ids, [*ids, ids[-1]]], ["resid"])
-    return max(_error(alone["resid"], padded), _error(alone["resid"], beside["resid"][:, : len(ids)]))
+def _require_shape(
+    found: tuple[int, ...] | None, site: str, layer: int, shape: ModelShape, lengths: Sequence[int]
+) -> None:
+    """Raise AdapterMismatch unless a hook was called with a value of its site's shape."""
+    width, is_pair = SITES[site].width(shape), SITES[site].rows == "pair"
+    expected = (width, sum(map(n_pairs, lengths))) if is_pair else (sum(lengths), width)
+    if found != expected:
+        what = f"gives values of shape {found}, not {expected}" if found else "is never called"
+        raise AdapterMismatch(
+            f"TransformerLens's hook '{hook_name(site, layer, shape)}' {what} in this {shape.family} model.",
+            hint=f"Leave {site} out with --sites.",
+        )
 
 
-def _row_sum_error(packed: npt.NDArray[np.float32], lengths: Sequence[int]) -> float:
+def _numpy(tensor: torch.Tensor) -> Array:
+    values: Array = tensor.float().cpu().numpy()
+    return values
+
+
+def _logits_error(model: OpenModel, ids: Sequence[int]) -> float:
+    """Compare the model's logits with the stored final norm and unembedding of the last boundary."""
+    last: list[Array] = []
+    error = _Error()
+    logits = _run(
+        model,
+        [ids[:_MAX_LOGITS]],
+        ["resid"],
+        lambda _, layer, value: last.append(value) if layer == model.shape.n_layers else None,
+        with_logits=True,
+    )
+    normed = _normed(last[0], model)
+    for _, (rows, columns) in weight_chunks(weight_specs(model.shape)["W_U"]):
+        rebuilt = normed @ model.weight("W_U", (rows, columns)) + model.weight("b_U", (columns,))
+        error.compare(logits[:, columns], rebuilt)
+    return error.relative
+
+
+def _normed(x: Array, model: OpenModel) -> Array:
+    """Apply the stored final norm, as the analyses will: ``[token, d_model]``."""
+    if model.shape.norm == "layernorm":
+        x = x - x.mean(axis=-1, keepdims=True)
+    scale = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + model.shape.norm_eps)
+    everything = (slice(None),)
+    normed: Array = x / scale * model.weight("ln_final.w", everything) + model.weight(
+        "ln_final.b", everything
+    )
+    return normed
+
+
+def _padding_error(model: OpenModel, ids: Sequence[int]) -> float:
+    """Compare a document run alone with the same document beside a longer one."""
+    if len(ids) == model.shape.n_ctx:
+        ids = ids[:-1]
+    alone: list[Array] = []
+    error = _Error()
+    _run(model, [ids], ["resid"], lambda _, __, value: alone.append(value))
+    _run(
+        model,
+        [ids, [*ids, ids[-1]]],
+        ["resid"],
+        lambda _, layer, value: error.compare(alone[layer], value[: len(ids)]),
+    )
+    return error.relative
+
+
+def _row_sum_error(packed: Array, lengths: Sequence[int]) -> float:
     """Return the largest |Σ_k A[q, k] − 1| over all layers, heads and queries."""
     worst, start = 0.0, 0
     for n in lengths:

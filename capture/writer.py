@@ -1,120 +1,126 @@
-"""Write one partition: its shards, then its ledger. Knows arrays and objects, not models."""
+"""Write one partition's objects. Knows arrays and objects, not models."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import zarr
-from zarr.codecs import Crc32cCodec
 
 from ..catalog.errors import CorruptRun
-from ..catalog.layout import activations_path, array_spec, shard_name
+from ..catalog.layout import activations_path, array_spec, object_name, run_path
 from ..catalog.manifest import Manifest
 from ..catalog.sites import SITES
 from ..catalog.stores import Store
+from ..catalog.tables import attn_band_table, to_parquet
+from .metadata import GROUP, array_metadata
+from .partition import PartitionBuffer
 from .shard import encode_shard
 
-__all__ = ["PartitionBuffer", "create_arrays", "write_partition"]
+__all__ = ["create_arrays", "object_keys", "write_object", "write_partition"]
 
-_WRITE_THREADS = 2
-
-
-class PartitionBuffer:
-    """One partition of some sites in memory, in the stored dtype, laid out as the shards are.
-
-    The memory is virtual until it is filled: unused rows of a partition cost nothing.
-    """
-
-    def __init__(self, manifest: Manifest, sites: tuple[str, ...]) -> None:
-        self.arrays: dict[str, npt.NDArray[Any]] = {}
-        """site → ``[layer, token, width]``, or ``[layer, head, pair]``; bfloat16 as its bits, uint16."""
-        for name in sites:
-            spec = array_spec(
-                SITES[name], manifest.shape, manifest.geometry, dtype=manifest.dtype, n_partitions=1
-            )
-            self.arrays[name] = np.zeros(spec.shape, dtype=spec.dtype)
+_CUT = ("data_type", "chunk_grid", "codecs", "dimension_names")
+"""The fields of an array's metadata that a run keeps."""
 
 
 def create_arrays(store: Store, manifest: Manifest) -> None:
-    """Create the Zarr arrays of all sites of a manifest, or grow them; they are never shrunk.
+    """Write the metadata of the Zarr arrays of all sites of a manifest, or let them grow; they are never shrunk.
 
-    All arrays of a run have room for the same partitions, so that a shape never says which site holds what.
+    All arrays of a run have room for the same partitions, so that a shape never says which site holds what. Only
+    ``zarr.json`` is written, whole: several writers may do it at once, and no chunk is touched.
+
+    Raises
+    ------
+    CorruptRun
+        An array of the run is not cut or encoded as its manifest says.
     """
-    zarr_store = store.zarr_store(activations_path(manifest.run_id), read_only=False)
-    group = zarr.open_group(zarr_store, mode="a")
+    folder = activations_path(manifest.run_id)
     room = 1 + max(partition.index for partition in manifest.partitions)
-    for name in manifest.sites:
+    if not store.exists(f"{folder}/zarr.json"):
+        store.write_json(f"{folder}/zarr.json", GROUP)
+    for name in (name for name in manifest.sites if SITES[name].is_array):
         spec = array_spec(
             SITES[name], manifest.shape, manifest.geometry, dtype=manifest.dtype, n_partitions=room
         )
-        existing = group.get(name)
-        fits = (
-            isinstance(existing, zarr.Array)
-            and existing.chunks == spec.chunks
-            and existing.shards == spec.shards
+        path = f"{folder}/{name}/zarr.json"
+        metadata = array_metadata(
+            spec.shape,
+            chunks=spec.chunks,
+            shards=spec.shards,
+            dtype=spec.dtype,
+            codec=manifest.codec,
+            dimension_names=spec.dimension_names,
+            attributes={"dtype": manifest.dtype},
         )
-        if existing is not None and not fits and manifest.number:
-            raise CorruptRun(f"Array {name} of run {manifest.run_id} is not cut as the run's manifest says.")
-        if not fits:  # there is none, or a first capture that was given up left one of another geometry
-            group.create_array(
-                name,
-                shape=spec.shape,
-                chunks=spec.chunks,
-                shards=spec.shards,
-                dtype=spec.dtype,
-                dimension_names=spec.dimension_names,
-                compressors=(Crc32cCodec(),),
-                fill_value=0,
-                attributes={"dtype": manifest.dtype},
-                overwrite=True,
-            )
-        elif isinstance(existing, zarr.Array) and any(
-            have < need for have, need in zip(existing.shape, spec.shape, strict=True)
-        ):
-            existing.resize(tuple(map(max, existing.shape, spec.shape)))
+        try:
+            store.write_json(path, metadata, create=True)
+        except FileExistsError:
+            existing = store.read_json(path)
+        else:
+            continue
+        grown = [max(pair) for pair in zip(existing["shape"], metadata["shape"], strict=True)]
+        if any(existing[field] != metadata[field] for field in _CUT):
+            if manifest.number:
+                raise CorruptRun(
+                    f"Array {name} of run {manifest.run_id} is not cut or encoded as the run's manifest says."
+                )
+            # a first capture that was given up left one of another geometry
+            store.write_json(path, metadata)
+        elif grown != existing["shape"]:
+            store.write_json(path, existing | {"shape": grown})
 
 
-def write_partition(
-    store: Store, manifest: Manifest, partition: int, arrays: Mapping[str, npt.NDArray[Any]]
-) -> list[dict[str, Any]]:
-    """Write the shards of one partition and return a record of each object (``tables.OBJECTS``).
+def object_keys(manifest: Manifest, sites: tuple[str, ...]) -> list[tuple[str, int | None]]:
+    """Return (site, layer) of each object of a partition; ``attn_band`` has all layers in one, layer None."""
+    keys: list[tuple[str, int | None]] = []
+    for name in sites:
+        layers = range(SITES[name].n_layers(manifest.shape))
+        keys += [(name, layer) for layer in layers] if SITES[name].is_array else [(name, None)]
+    return keys
+
+
+def write_object(
+    store: Store, manifest: Manifest, buffer: PartitionBuffer, site: str, layer: int | None
+) -> dict[str, Any]:
+    """Encode and write one object of a partition, and return its record (``tables.OBJECTS``).
 
     An object's own checksum is CRC-32: the CRC-32C of bytes that carry their CRC-32C is the same for all
     bytes of that length, so that it would not tell one shard from another.
 
-    Parameters
-    ----------
-    store : Store
-        The lake's objects.
-    manifest : Manifest
-        The run, with the partition; its arrays exist.
-    partition : int
-        The partition's index.
-    arrays : mapping
-        site → the whole partition, as in :class:`PartitionBuffer`. Chunks without a used row are not written.
+    Copies the values once. Chunks without a used row are not written.
     """
-    (used,) = (p for p in manifest.partitions if p.index == partition)
+    content = _shard(manifest, buffer, site, layer) if layer is not None else _table(manifest, buffer, site)
+    name = object_name(SITES[site], layer or 0, buffer.work.index)
+    store.write(f"{run_path(manifest.run_id)}/{name}", content)
+    return {
+        "name": name, "site": site, "layer": layer, "partition": buffer.work.index, "nbytes": len(content),
+        "crc32": f"{zlib.crc32(content):08x}",
+    }  # fmt: skip
 
-    def write(name: str, layer: int) -> dict[str, Any]:
-        site, values = SITES[name], arrays[name][layer]
-        is_pair = site.rows == "pair"
-        shard = encode_shard(
-            values[:, :, None] if is_pair else values[None],
-            chunk_rows=manifest.geometry.chunk_rows[name],
-            n_used=used.n_pairs if is_pair else used.n_rows,
-        )
-        key = shard_name(site, layer, partition)
-        store.write(f"{activations_path(manifest.run_id)}/{key}", shard.data)
-        return {
-            "name": key, "site": name, "layer": layer, "partition": partition, "nbytes": len(shard),
-            "crc32": f"{zlib.crc32(shard.data):08x}",
-        }  # fmt: skip
 
-    shards = [(name, layer) for name in arrays for layer in range(SITES[name].n_layers(manifest.shape))]
-    with ThreadPoolExecutor(_WRITE_THREADS) as pool:
-        return list(pool.map(lambda shard: write(*shard), shards))
+def _shard(manifest: Manifest, buffer: PartitionBuffer, site: str, layer: int) -> memoryview:
+    (used,) = (p for p in manifest.partitions if p.index == buffer.work.index)
+    values, is_pair = buffer.values[site, layer], SITES[site].rows == "pair"
+    return encode_shard(
+        values[:, :, None] if is_pair else values[None],
+        chunk_rows=manifest.geometry.chunk_rows[site],
+        n_used=used.n_pairs if is_pair else used.n_rows,
+        codec=manifest.codec,
+    ).data
+
+
+def _table(manifest: Manifest, buffer: PartitionBuffer, site: str) -> memoryview:
+    layers = [buffer.values[site, layer] for layer in range(manifest.shape.n_layers)]
+    numbers, lengths = (
+        np.array([getattr(document, field) for document in buffer.documents.values()], dtype=np.int64)
+        for field in ("number", "n_tokens")
+    )
+    return memoryview(to_parquet(attn_band_table(numbers, lengths, np.stack(layers, axis=1))))
+
+
+def write_partition(store: Store, manifest: Manifest, buffer: PartitionBuffer) -> list[dict[str, Any]]:
+    """Write all objects of a partition, one after the other, and return their records."""
+    return [
+        write_object(store, manifest, buffer, site, layer)
+        for site, layer in object_keys(manifest, buffer.work.sites)
+    ]

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .verify import Verification
 
 __all__ = [
     "AdapterMismatch",
     "AmbiguousRun",
     "AnalysisError",
     "CaptureInProgress",
+    "CaptureUnfinished",
     "CorpusError",
     "CorruptRun",
+    "DamagedLake",
     "FormatError",
     "LakeNotFound",
     "LayerLakeError",
@@ -28,6 +34,7 @@ __all__ = [
     "RunNotFound",
     "SelfCheckFailed",
     "SiteNotFound",
+    "StoreError",
     "did_you_mean",
 ]
 
@@ -67,8 +74,19 @@ class FormatError(LayerLakeError, ValueError):
     """The lake was written in a format that this version does not read."""
 
 
+class StoreError(LayerLakeError, OSError):
+    """An object could not be read, written, listed or deleted: no connection, no access, no space."""
+
+
 class CorruptRun(LayerLakeError, ValueError):
     """What lies in the lake contradicts its manifest."""
+
+
+class DamagedLake(CorruptRun):
+    """Objects of the lake are missing, or are not what was written; raised by ``verify`` alone."""
+
+    verification: Verification
+    """What was found."""
 
 
 class PlanError(LayerLakeError, ValueError):
@@ -85,6 +103,10 @@ class ModelError(PlanError):
 
 class CaptureInProgress(LayerLakeError, RuntimeError):
     """Another capture of the same run is open."""
+
+
+class CaptureUnfinished(LayerLakeError, RuntimeError):
+    """A capture cannot be finalised: some partitions are not written yet."""
 
 
 class SelfCheckFailed(LayerLakeError, AssertionError):

@@ -27,6 +27,7 @@ __all__ = [
     "Finding",
     "FindingKey",
     "StoredTable",
+    "describe_finding",
     "list_findings",
     "merge_findings",
     "newest_findings",
@@ -95,6 +96,8 @@ class StoredTable:
     n_rows: int
     created: str
     """UTC time of writing, ISO 8601."""
+    views: tuple[str, ...] = ()
+    """All tables of the finding; the first is written last, and says that the others are there."""
 
     @property
     def path(self) -> str:
@@ -111,6 +114,7 @@ def write_finding(store: Store, finding: Finding) -> None:
         "run": key.run,
         "params": dict(key.params),
         "extents": dict(key.extents),
+        "views": list(finding.tables),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     metadata = {_METADATA_KEY: json.dumps(description, sort_keys=True).encode()}
@@ -132,23 +136,34 @@ def read_finding(store: Store, key: FindingKey, views: Iterable[str]) -> Finding
 
 def list_findings(store: Store, view: str | None = None) -> list[StoredTable]:
     """Describe every stored table, or those of one view. Reads each object's footer only."""
-    stored = []
-    for name in [view] if view else store.list("findings"):
-        for digest in store.list(f"findings/{name}"):
-            path = finding_path(name, digest)
-            if not store.exists(path):
-                continue
-            with store.open(path) as file:
-                footer = pq.read_metadata(file)
-            text = (footer.metadata or {}).get(_METADATA_KEY)
-            if text is None:
-                raise CorruptRun(
-                    f"{path} is not a finding: it carries no description.", hint=f"Remove {path}."
-                )
-            given = json.loads(text)
-            created = given.pop("created")
-            stored.append(StoredTable(name, digest, FindingKey(**given), footer.num_rows, created))
-    return stored
+    return [
+        describe_finding(store, name, digest)
+        for name in ([view] if view else store.list("findings"))
+        for digest in store.list(f"findings/{name}")
+        if store.exists(finding_path(name, digest))
+    ]
+
+
+def describe_finding(store: Store, view: str, digest: str) -> StoredTable:
+    """Describe one stored table. Reads its footer only.
+
+    Raises
+    ------
+    CorruptRun
+        The object is not the table of a finding.
+    """
+    path = finding_path(view, digest)
+    with store.open(path) as file:
+        try:
+            footer = pq.read_metadata(file)
+        except pa.ArrowInvalid as error:
+            raise CorruptRun(f"{path} is not Parquet: {error}", hint=f"Remove {path}.") from error
+    text = (footer.metadata or {}).get(_METADATA_KEY)
+    if text is None:
+        raise CorruptRun(f"{path} is not a finding: it carries no description.", hint=f"Remove {path}.")
+    given = json.loads(text)
+    created, views = given.pop("created"), given.pop("views", [view])
+    return StoredTable(view, digest, FindingKey(**given), footer.num_rows, created, tuple(views))
 
 
 def newest_findings(stored: Iterable[StoredTable]) -> list[StoredTable]:

@@ -13,7 +13,7 @@ from .manifest import read_manifest
 from .run import Run
 from .stores import Store
 
-__all__ = ["Lake", "create_lake"]
+__all__ = ["Lake", "check_creatable", "create_lake", "match_run"]
 
 
 class Lake:
@@ -70,27 +70,10 @@ class Lake:
         AmbiguousRun
             Several do.
         """
-        known = self.run_ids
-        fitting = (
-            [prefix] if prefix in known else [run_id for run_id in known if run_id.startswith(prefix or "")]
-        )
-        if not fitting:
-            if prefix is None:
-                raise RunNotFound(
-                    f"The lake '{self.url}' has no runs.", hint="Capture one: layerlake capture LAKE …"
-                )
-            raise RunNotFound(
-                f"No run of the lake '{self.url}' begins with '{prefix}'.{did_you_mean(prefix, known)}",
-                hint=f"Runs are: {', '.join(known) or 'none'}.",
-            )
-        if len(fitting) > 1:
-            asked = f"begin with '{prefix}'" if prefix else "are in the lake"
-            raise AmbiguousRun(
-                f"{len(fitting)} runs {asked}: {', '.join(fitting)}.", hint="Say which: --run ID."
-            )
-        manifest = read_manifest(self.store, fitting[0])
+        run_id = match_run(prefix, self.run_ids, url=self.url)
+        manifest = read_manifest(self.store, run_id)
         if manifest is None:
-            raise RunNotFound(f"Run {fitting[0]} has no manifest.")
+            raise RunNotFound(f"Run {run_id} has no manifest.")
         return Run(self.store, manifest)
 
     def runs(self, prefixes: Sequence[str] = ()) -> list[Run]:
@@ -104,6 +87,31 @@ class Lake:
     def findings(self, view: str | None = None) -> list[StoredTable]:
         """Describe all stored findings, or those of one view."""
         return list_findings(self.store, view)
+
+
+def match_run(prefix: str | None, known: Sequence[str], *, url: str) -> str:
+    """Return the one known id that is the prefix or begins with it; without a prefix, the only one.
+
+    Raises
+    ------
+    RunNotFound
+        None fits.
+    AmbiguousRun
+        Several do.
+    """
+    beginning = [run_id for run_id in known if run_id.startswith(prefix or "")]
+    fitting = [run_id for run_id in beginning if run_id == prefix] or beginning
+    if not fitting:
+        if prefix is None:
+            raise RunNotFound(f"The lake '{url}' has no runs.", hint="Capture one: layerlake capture LAKE …")
+        raise RunNotFound(
+            f"No run of the lake '{url}' begins with '{prefix}'.{did_you_mean(prefix, known)}",
+            hint=f"Runs are: {', '.join(known) or 'none'}.",
+        )
+    if len(fitting) > 1:
+        asked = f"begin with '{prefix}'" if prefix else "are in the lake"
+        raise AmbiguousRun(f"{len(fitting)} runs {asked}: {', '.join(fitting)}.", hint="Say which: --run ID.")
+    return fitting[0]
 
 
 def _check_format(store: Store) -> None:

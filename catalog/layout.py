@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from .bands import N_SUMS, QUERIES
 from .errors import PlanError
 from .shapes import ModelShape
 from .sites import SITES, Site
@@ -20,12 +21,16 @@ __all__ = [
     "FORMAT_VERSION",
     "ArraySpec",
     "Geometry",
+    "WeightSpec",
     "array_spec",
+    "attn_band_nbytes",
     "bytes_per_token",
     "itemsize",
     "n_pairs",
+    "object_name",
     "plan_geometry",
     "shard_name",
+    "weight_specs",
 ]
 
 FORMAT_VERSION = 1
@@ -33,6 +38,8 @@ FORMAT_VERSION = 1
 
 CHUNK_NBYTES = 1 << 20
 """Chunks are halved until they are no larger than this (1 MiB)."""
+
+WEIGHT_CHUNK_NBYTES = 64 << 20
 
 MAX_PARTITION_TOKENS = 8192
 
@@ -70,10 +77,30 @@ def n_pairs(n_tokens: int) -> int:
 def bytes_per_token(shape: ModelShape, site: Site, *, context: int, dtype: str) -> float:
     """Return the uncompressed bytes that a site takes for each token, all layers together.
 
-    For ``pattern`` this is the mean over a full window of ``context`` tokens: L·H·(T+1)/2 values.
+    For ``pattern`` this is the mean over a full window of ``context`` tokens: L·H·(T+1)/2 values. So it is
+    for ``attn_band`` (:func:`attn_band_nbytes`), which takes as much for a shorter document.
     """
+    if not site.is_array:
+        return attn_band_nbytes(shape, 1) / context
     values = site.n_layers(shape) * site.width(shape)
     return values * itemsize(dtype) * ((context + 1) / 2 if site.rows == "pair" else 1)
+
+
+def attn_band_nbytes(shape: ModelShape, n_documents: int) -> int:
+    """Estimate the bytes of ``attn_band`` for some documents: the sums, 4 bytes each.
+
+    In Parquet they compress to 0.8–0.9 of that, to less where documents are short, and the other columns
+    to next to nothing; a partition's object has some 4 kB of its own.
+
+    Examples
+    --------
+    >>> from layerlake.catalog.shapes import ModelShape
+    >>> gpt2 = ModelShape("gpt2", 12, 768, 12, 12, 64, 3072, 50257, 1024, "sequential", "layernorm", 1e-5, "gelu_new",
+    ...                   gated_mlp=False, tied_unembed=True)
+    >>> attn_band_nbytes(gpt2, 1)
+    20736
+    """
+    return n_documents * shape.n_layers * shape.n_heads * len(QUERIES) * N_SUMS * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +112,7 @@ class Geometry:
     context: int
     """T: the longest document, in tokens."""
     chunk_rows: dict[str, int]
-    """For each site, the rows (tokens or pairs) of a chunk; divides the partition's rows."""
+    """For each site that is an array, the rows (tokens or pairs) of a chunk; divides the partition's rows."""
 
     @property
     def partition_pairs(self) -> int:
@@ -111,8 +138,8 @@ def plan_geometry(
 ) -> Geometry:
     """Choose R and the chunk lengths for a model.
 
-    R is the largest power of two with R × (bytes per token of *all* sites) ≤ ``max_memory`` / 2, at
-    most 8192, unless ``partition_tokens`` says otherwise. All sites count, captured or not, so that a
+    R is the largest power of two with R × (bytes per token of *all* arrays) ≤ ``max_memory`` / 2, at
+    most 8192, unless ``partition_tokens`` says otherwise. All arrays count, captured or not, so that a
     later capture of another site fits into the same geometry.
 
     Raises
@@ -120,7 +147,8 @@ def plan_geometry(
     PlanError
         A document of ``context`` tokens would not fit into a partition.
     """
-    total = sum(bytes_per_token(shape, site, context=context, dtype=dtype) for site in SITES.values())
+    arrays = {name: site for name, site in SITES.items() if site.is_array}
+    total = sum(bytes_per_token(shape, site, context=context, dtype=dtype) for site in arrays.values())
     if partition_tokens is None:
         fitting = max(1, int(max_memory / 2 / total))
         partition_tokens = min(MAX_PARTITION_TOKENS, 1 << (fitting.bit_length() - 1))
@@ -138,7 +166,7 @@ def plan_geometry(
         )
     pairs = partition_tokens * (context + 1) // 2
     chunk_rows = {}
-    for name, site in SITES.items():
+    for name, site in arrays.items():
         # a chunk of `pattern` is one head's pairs; of the others, one layer's vectors
         row_nbytes = itemsize(dtype) * (1 if site.rows == "pair" else site.width(shape))
         chunk_rows[name] = _halve(pairs if site.rows == "pair" else partition_tokens, row_nbytes)
@@ -193,6 +221,43 @@ def shard_name(site: Site, layer: int, partition: int) -> str:
         if site.rows == "pair"
         else f"{site.name}/c/{layer}/{partition}/0"
     )
+
+
+def object_name(site: Site, layer: int, partition: int) -> str:
+    """Return the name inside the run's folder of the object that holds one partition of one layer of a site.
+
+    ``attn_band`` has all layers in one object, whatever ``layer`` is.
+
+    Examples
+    --------
+    >>> object_name(SITES["resid"], 5, 2), object_name(SITES["attn_band"], 0, 2)
+    ('activations.zarr/resid/c/5/2/0', 'attn_band/part-00000002.parquet')
+    """
+    if site.is_array:
+        return f"activations.zarr/{shard_name(site, layer, partition)}"
+    return f"{site.name}/part-{partition:08d}.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """One weight's Zarr array: float32, raw."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+
+
+def weight_specs(shape: ModelShape) -> dict[str, WeightSpec]:
+    """Return the weights that the analyses need, by the names of ``Run.weight``; chunks are at most 64 MiB."""
+    d, f, v, n = shape.d_model, shape.d_mlp, shape.n_vocab, shape.n_layers
+    rows = max(1, WEIGHT_CHUNK_NBYTES // (4 * d))
+    return {
+        "W_U": WeightSpec((d, v), (d, min(v, rows))),
+        "b_U": WeightSpec((v,), (v,)),
+        "ln_final.w": WeightSpec((d,), (d,)),
+        "ln_final.b": WeightSpec((d,), (d,)),
+        "W_out": WeightSpec((n, f, d), (1, min(f, rows), d)),
+        "b_out": WeightSpec((n, d), (n, d)),
+    }
 
 
 # Paths inside a lake. Everything that names an object comes from here.

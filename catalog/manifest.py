@@ -43,6 +43,8 @@ class Manifest:
     dtype: str
     """The stored dtype: float16, bfloat16 or float32."""
     bos_token_id: int | None
+    codec: str = "none"
+    """How chunks are compressed: none, lz4 or zstd; fixed by the run's first capture, as the geometry is."""
     n_documents: int = 0
     """Stored documents (cut ones included)."""
     n_cut: int = 0

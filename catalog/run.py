@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from .errors import CorruptRun, SiteNotFound, did_you_mean
-from .layout import activations_path, model_path, part_path
+from .layout import activations_path, model_path, object_name, part_path, run_path
 from .manifest import Manifest, Partition
 from .mask import evaluation_positions
 from .shapes import ModelShape
@@ -96,7 +99,7 @@ class Run:
 
     @cached_property
     def objects(self) -> pa.Table:
-        """One row a written shard: name, site, layer, partition, nbytes, crc32 (``tables.OBJECTS``)."""
+        """One row a written object of a site: name, site, layer, partition, nbytes, crc32 (``tables.OBJECTS``)."""
         return self._table("objects", OBJECTS)
 
     def _table(self, name: str, schema: pa.Schema) -> pa.Table:
@@ -132,6 +135,11 @@ class Run:
 
     # -- activations ----------------------------------------------------------------------------
 
+    def has_site(self, site: str) -> bool:
+        """Tell whether the run holds the site in every partition."""
+        held = self.manifest.sites.get(site, ())
+        return len(held) == len(self.manifest.partitions) > 0
+
     def require_site(self, site: str) -> None:
         """Raise unless the run holds the site in every partition.
 
@@ -140,9 +148,9 @@ class Run:
         SiteNotFound
             It does not; the hint is the command that captures it.
         """
-        held = self.manifest.sites.get(site, ())
-        if len(held) == len(self.manifest.partitions) and held:
+        if self.has_site(site):
             return
+        held = self.manifest.sites.get(site, ())
         part = (
             f"in {len(held)} of its {len(self.manifest.partitions)} partitions only" if held else "not at all"
         )
@@ -159,9 +167,17 @@ class Run:
         return {"n_tokens": sum(p.n_rows for p in held), "partitions": [p.index for p in held]}
 
     def array(self, site: str) -> zarr.Array[Any]:
-        """Return the site's Zarr array as it lies on disk, with unwritten rows between partitions."""
+        """Return the site's Zarr array as it lies on disk, with unwritten rows between partitions.
+
+        Raises
+        ------
+        SiteNotFound
+            The run does not hold the site, or it is not an array.
+        """
         import zarr
 
+        if site in SITES and not SITES[site].is_array:
+            raise SiteNotFound(f"Site '{site}' is a table, not an array.", hint=f"Read it as run.{site}.")
         if site not in self.sites:
             self.require_site(site)
         store = self.store.zarr_store(activations_path(self.run_id))
@@ -235,6 +251,36 @@ class Run:
     def pattern(self) -> xarray.DataArray:
         """Attention weights, packed: ``(layer, head, pair)``; :meth:`attention` unpacks a document."""
         return self._labelled("pattern")
+
+    @property
+    def attn_band(self) -> pa.Table:
+        """Sums of attention near the diagonal, of all partitions (``tables.ATTN_BAND``); read anew each time."""
+        self.require_site("attn_band")
+        return pa.concat_tables(self.read_attn_band(partition) for partition in self.manifest.partitions)
+
+    def read_attn_band(
+        self,
+        partition: Partition,
+        *,
+        columns: Sequence[str] | None = None,
+        where: pc.Expression | None = None,
+    ) -> pa.Table:
+        """Read one partition of ``attn_band``: all layers, sorted by document, layer, head, queries.
+
+        Reads one object.
+
+        Parameters
+        ----------
+        partition : Partition
+            One that holds the site.
+        columns : sequence of str, optional
+            Some of the columns of ``tables.ATTN_BAND``; None for all.
+        where : Expression, optional
+            Which rows.
+        """
+        name = object_name(SITES["attn_band"], 0, partition.index)
+        file = io.BytesIO(self.store.read(f"{run_path(self.run_id)}/{name}"))
+        return pq.read_table(file, columns=None if columns is None else list(columns), filters=where)
 
     def attention(self, document: int, layer: int) -> xarray.DataArray:
         """Return one document's attention weights in one layer: float32 ``(head, query, key)``, 0 above the diagonal.

@@ -8,6 +8,7 @@ attn_out     layer, token, d_model         what attention adds to it
 mlp_out      layer, token, d_model         what the MLP adds to it
 mlp_post     layer, token, d_mlp           the neurons: the vector that W_out multiplies
 pattern      layer, head, pair             attention weights, the causal triangle packed
+attn_band    document, layer, head         their sums near the diagonal and over BOS, in Parquet
 ===========  ============================  =====================================================
 
 ``resid_pre[l]`` is ``resid[l]`` and ``resid_post[l]`` is ``resid[l + 1]``.
@@ -19,30 +20,40 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import SiteNotFound, did_you_mean
+from .errors import PlanError, SiteNotFound, did_you_mean
 from .shapes import ModelShape
 
-__all__ = ["SITES", "Site", "parse_layers", "parse_sites"]
+__all__ = ["ANALYSIS_SITES", "SITES", "Site", "parse_analyses", "parse_layers", "parse_sites"]
 
 _ALIASES = {"resid_pre": "resid", "resid_post": "resid"}
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place in the model, and how its values lie in an array."""
+    """A place in the model, and how its values lie in an array, or in a table."""
 
     name: str
     axis: Literal["boundary", "layer"]
     """What the first dimension counts: layers 0 … L-1, or the boundaries 0 … L between them."""
-    rows: Literal["token", "pair"]
-    """What the long dimension counts: tokens, or (query, key) pairs of the packed triangle."""
+    rows: Literal["token", "pair", "document"]
+    """What the long dimension counts: tokens, (query, key) pairs of the packed triangle, or documents."""
     width_name: Literal["d_model", "d_mlp", "head"]
     """The third quantity: the vector's dimension, or the heads."""
 
     @property
+    def is_array(self) -> bool:
+        """Whether the values lie in a Zarr array; those of ``attn_band`` are rows of a Parquet table."""
+        return self.rows != "document"
+
+    @property
     def dims(self) -> tuple[str, str, str]:
-        """The names of the array's dimensions, in order."""
-        return ("layer", "head", "pair") if self.rows == "pair" else (self.axis, "token", self.width_name)
+        """The names of the array's dimensions, or of the table's first columns, in order."""
+        orders = {
+            "token": (self.axis, "token", self.width_name),
+            "pair": (self.axis, self.width_name, "pair"),
+            "document": ("document", self.axis, self.width_name),
+        }
+        return orders[self.rows]
 
     def n_layers(self, shape: ModelShape) -> int:
         """Return the length of the first dimension for a model: L, or L + 1 boundaries."""
@@ -61,9 +72,26 @@ SITES: dict[str, Site] = {
         Site("mlp_out", "layer", "token", "d_model"),
         Site("mlp_post", "layer", "token", "d_mlp"),
         Site("pattern", "layer", "pair", "head"),
+        Site("attn_band", "layer", "document", "head"),
     )
 }
 """Every capturable site by name, in the order of storage."""
+
+ANALYSIS_SITES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "lens": (("resid",),),
+    "cka": (("resid",),),
+    "neurons": ((),),
+    "attention_locality": (("attn_band",), ("pattern",)),
+    "subjoiner": (("pattern",),),
+    "wic": (("resid",),),
+    "ing": (("resid", "mlp_post"),),
+    "norms": (("resid", "attn_out", "mlp_out"),),
+    "interventions": (("resid",),),
+}
+"""For each analysis the sets of sites that answer it, any of which will do, the preferred one first.
+
+One empty set if the weights suffice, which every capture stores.
+"""
 
 
 def parse_sites(names: str | Iterable[str]) -> tuple[str, ...]:
@@ -96,6 +124,35 @@ def parse_sites(names: str | Iterable[str]) -> tuple[str, ...]:
             )
         chosen.add(canonical)
     return tuple(name for name in SITES if name in chosen)
+
+
+def parse_analyses(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the analyses that ``"lens,cka"``, a list of names, or ``"all"`` names.
+
+    Raises
+    ------
+    PlanError
+        A name is not an analysis, or there is none.
+
+    Examples
+    --------
+    >>> parse_analyses("norms, lens")
+    ('lens', 'norms')
+    """
+    asked = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    if asked == ["all"]:
+        return tuple(ANALYSIS_SITES)
+    if not any(asked):
+        raise PlanError(
+            "No analysis was named.", hint=f"Analyses are: {', '.join(ANALYSIS_SITES)}, or 'all'."
+        )
+    for name in asked:
+        if name not in ANALYSIS_SITES:
+            raise PlanError(
+                f"There is no analysis '{name}'.{did_you_mean(name, ANALYSIS_SITES)}",
+                hint=f"Analyses are: {', '.join(ANALYSIS_SITES)}, or 'all'.",
+            )
+    return tuple(name for name in ANALYSIS_SITES if name in asked)
 
 
 _SITE_HINTS = {

@@ -1,4 +1,4 @@
-"""Quantities as people write them: ``20k`` tokens, ``4GiB``."""
+"""Quantities as people write them: ``20k`` tokens, ``4GiB``, ``24h``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from decimal import Decimal
 
 from .errors import PlanError
 
-__all__ = ["format_nbytes", "parse_count", "parse_nbytes"]
+__all__ = ["format_nbytes", "parse_count", "parse_duration_s", "parse_nbytes"]
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _BINARY = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -51,6 +52,25 @@ def parse_nbytes(text: str | int) -> int:
         raise PlanError(f"'{text}' is not a size.", hint="Write it as 4GiB, 500MB or a number of bytes.")
     unit = _BINARY[found[2]] if found[3] else 1000 ** " kmgt".index(found[2] or " ")
     return int(Decimal(found[1]) * unit)
+
+
+def parse_duration_s(text: str) -> float:
+    """Return a duration in seconds.
+
+    Raises
+    ------
+    PlanError
+        The text is not a duration.
+
+    Examples
+    --------
+    >>> parse_duration_s("24h"), parse_duration_s("1.5m"), parse_duration_s("0s")
+    (86400.0, 90.0, 0.0)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip().lower())
+    if not found:
+        raise PlanError(f"'{text}' is not a duration.", hint="Write it as 90s, 30m, 24h or 7d.")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def format_nbytes(nbytes: float) -> str:

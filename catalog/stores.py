@@ -2,41 +2,68 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import posixpath
+import shutil
 import threading
-import uuid
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
+from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import fsspec
+from fsspec.core import has_magic
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from .errors import CorruptRun, LakeNotFound, MissingExtra
+from .errors import CorruptRun, LakeNotFound, MissingExtra, StoreError
+from .files import delete_files, delete_tree, find_files, put_file
+from .retries import ATTEMPTS, is_transient, retried, store_error
+from .seal import SEAL_FIELD, is_intact, seal_json
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store as ZarrStore
 
-__all__ = ["Store"]
+__all__ = ["Store", "Stored"]
 
 _MEMORY = threading.Lock()
 """memory:// looks whether an object exists and then writes it; the other file systems do both at once."""
 
 _EXTRA_OF = {"s3": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}
 
+_BULK = 1000
+"""The objects that S3 deletes at one request."""
+
+_AHEAD_NBYTES = 1 << 16
+"""What is read at least of a remote object that is opened: more than most Parquet footers."""
+
+T = TypeVar("T")
+
+
+class Stored(NamedTuple):
+    """An object as a listing shows it."""
+
+    name: str
+    nbytes: int
+    modified: float
+    """When it was last written: seconds since 1970, by the store's clock."""
+
 
 class Store:
     """The objects under one URL, by relative name.
 
-    Every write is whole or absent: a reader never sees half an object.
+    Every write is whole or absent: a reader never sees half an object. An operation that fails for a moment is
+    tried again (:mod:`layerlake.catalog.retries`); one that fails for good is a StoreError that names the object.
 
     Parameters
     ----------
     url : str or path
-        A local path or an fsspec URL.
+        A local path or an fsspec URL. Credentials and endpoints are those that the URL's client finds by itself,
+        for S3 in AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL and their like.
 
     Raises
     ------
@@ -44,17 +71,25 @@ class Store:
         The URL's protocol needs a package that is not installed.
     LakeNotFound
         No file system has this protocol.
+    StoreError
+        The protocol's client cannot be set up.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self.url = os.fspath(url).rstrip("/") or "/"
         protocol = self.url.partition("://")[0] if "://" in self.url else "file"
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+            fsspec.get_filesystem_class(protocol)
         except ImportError as error:
             raise MissingExtra(f"The package for {protocol}://", _EXTRA_OF.get(protocol, protocol)) from error
         except ValueError as error:
             raise LakeNotFound(f"'{self.url}' is not a path or a URL: {error}") from error
+        # What others write must be seen at once; without the cache, a listing is never older than the call.
+        options = {"use_listings_cache": False} if protocol in _EXTRA_OF else {}
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
+        except (OSError, ValueError) as error:
+            raise store_error(error, "opened", self.url) from error
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -69,95 +104,254 @@ class Store:
         """The root folder of a local store."""
         return Path(self._root)
 
+    def free_nbytes(self) -> int | None:
+        """Return the free space where a local store is, or will be; None for any other."""
+        if not self.is_local:
+            return None
+        there = next(path for path in (self.local_path, *self.local_path.parents) if path.exists())
+        return shutil.disk_usage(there).free
+
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
+    def _retried(
+        self,
+        done: str,
+        name: str,
+        operation: Callable[[], T],
+        *,
+        is_worth_it: Callable[[BaseException], bool] = is_transient,
+    ) -> T:
+        where = f"{self.url}/{name}" if name else self.url
+        return retried(done, where, operation, is_worth_it=is_worth_it)
+
     def read(self, name: str) -> bytes:
         """Return an object's bytes; FileNotFoundError if it is absent."""
-        content: bytes = self._fs.cat_file(self._path(name))
+        content: bytes = self._retried("read", name, lambda: self._fs.cat_file(self._path(name)))
         return content
 
     def open(self, name: str) -> IO[bytes]:
         """Open an object for reading; a remote one is fetched by ranges as it is read."""
-        file: IO[bytes] = self._fs.open(self._path(name), "rb")
-        return file
+        path = self._path(name)
+        if self.is_local:
+            return self._retried("read", name, lambda: Path(path).open("rb"))
+
+        def fetch(start: int, stop: int) -> bytes:
+            content: bytes = self._retried(
+                "read", name, lambda: self._fs.cat_file(path, start=start, end=stop)
+            )
+            return content
+
+        nbytes: int = self._retried("read", name, lambda: self._fs.info(path)["size"])
+        return io.BufferedReader(_Ranges(fetch, nbytes), _AHEAD_NBYTES)
 
     def read_json(self, name: str) -> Any:
-        """Return a JSON object.
+        """Return a JSON object, without its seal.
 
         Raises
         ------
         CorruptRun
-            The object is not JSON.
+            The object is not JSON, or not what was written.
         """
+        content = self.read(name)
         try:
-            return json.loads(self.read(name))
+            value = json.loads(content)
         except ValueError as error:
             raise CorruptRun(f"{self.url}/{name} is not JSON: {error}") from error
+        if isinstance(value, dict) and value.pop(SEAL_FIELD, None) is not None and not is_intact(content):
+            raise CorruptRun(
+                f"{self.url}/{name} is not what was written: its checksum does not fit.",
+                hint=f"See what else is damaged: layerlake verify {self.url}",
+            )
+        return value
 
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Write or replace an object, all at once."""
         self._put(name, content, create=False)
 
     def create(self, name: str, content: bytes) -> None:
-        """Write an object that must not exist yet; FileExistsError if it does. Atomic: one of many wins."""
+        """Write an object that must not exist yet; FileExistsError if it does. Atomic: one of many wins.
+
+        A create may succeed without our hearing of it. So a remote object that is there with these very bytes counts
+        as created: who must know to be the only one writes bytes that nobody else does.
+        """
         self._put(name, content, create=True)
 
     def _put(self, name: str, content: bytes | memoryview, *, create: bool) -> None:
-        path = self._path(name)
-        if not self.is_local:
-            with _MEMORY if isinstance(self._fs, MemoryFileSystem) else nullcontext():
-                self._fs.pipe_file(path, bytes(content), mode="create" if create else "overwrite")
+        if self.is_local:
+            self._retried(
+                "written",
+                name,
+                lambda: put_file(Path(self._path(name)), content, create=create),
+                # somebody has removed the folder, empty as it was
+                is_worth_it=lambda error: is_transient(error) or isinstance(error, FileNotFoundError),
+            )
             return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
         try:
-            temporary.write_bytes(content)
-            if create:
-                os.link(temporary, target)  # fails if the target exists; a rename would not
-            else:
-                temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+            self._retried("written", name, lambda: self._put_remote(name, bytes(content), create=create))
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{self.url}/{name} could not be written: there is no such bucket. {error}",
+                hint="Make the bucket first, or mend the URL.",
+            ) from error
+
+    def _put_remote(self, name: str, content: bytes, *, create: bool) -> None:
+        path, mode = self._path(name), "create" if create else "overwrite"
+        try:
+            with _MEMORY if isinstance(self._fs, MemoryFileSystem) else nullcontext():
+                self._fs.pipe_file(path, content, mode=mode)
+        except FileExistsError:
+            # our own bytes: an attempt before, ours or the client's, has succeeded and its answer was lost
+            with suppress(FileNotFoundError):
+                if create and self._fs.cat_file(path) == content:
+                    return
+            raise
 
     def write_json(self, name: str, value: Any, *, create: bool = False) -> None:
-        """Write a JSON object with sorted keys; ``create`` as in :meth:`create`."""
-        content = (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-        self._put(name, content, create=create)
+        """Write a JSON object, sealed (:mod:`layerlake.catalog.seal`); ``create`` as in :meth:`create`."""
+        self._put(name, seal_json(value), create=create)
 
     def exists(self, name: str) -> bool:
         """Tell whether an object or a folder of this name exists."""
-        return bool(self._fs.exists(self._path(name)))
+        path = self._path(name)
+        try:  # a file system's own `exists` takes every failure for absence
+            self._retried("looked up", name, lambda: self._fs.info(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def list(self, name: str) -> list[str]:
         """Return the sorted names directly under a folder, without their path; empty if it is absent."""
-        self._fs.invalidate_cache()
+        path = self._path(name)
         try:
-            entries = self._fs.ls(self._path(name), detail=False)
+            entries: list[str] = self._retried("listed", name, lambda: self._fs.ls(path, detail=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
         names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
         return sorted(entry for entry in names if entry and not entry.endswith(".partial"))
 
     def walk(self, name: str = "") -> Iterator[tuple[str, int]]:
-        """Yield ``(name, nbytes)`` of every object under a folder."""
-        self._fs.invalidate_cache()
-        prefix = len(self._path("").rstrip("/")) + 1
-        for path, info in self._fs.find(self._path(name), detail=True).items():
-            if not path.endswith(".partial"):
-                yield path[prefix:], info["size"]
+        """Yield ``(name, nbytes)`` of every object under a folder; none if it is absent."""
+        for found, info in self._find(name).items():
+            if not found.endswith(".partial"):
+                yield found, info["size"]
+
+    def scan(self, name: str = "") -> Iterator[Stored]:
+        """List every object under a folder, unfinished files of a local store among them."""
+        for found, info in self._find(name).items():
+            yield Stored(found, info["size"], _modified(info))
+
+    def _find(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return name → what its file system says of it, of every object under a folder, sorted."""
+        path, prefix = self._path(name), len(self._path("").rstrip("/")) + 1
+        find = find_files if self.is_local else lambda path: self._fs.find(path, detail=True)
+        found = self._retried("listed", name, lambda: find(path))
+        return {each[prefix:]: info for each, info in sorted(found.items())}
+
+    def delete_all(self, names: Iterable[str]) -> None:
+        """Delete many objects, in bulk where the store can; absent is fine. Folders left empty go too.
+
+        Raises
+        ------
+        StoreError
+            Some are still there.
+        """
+        left = set(names)
+        if self.is_local:
+            paths = [Path(self._path(name)) for name in left]
+            self._retried("cleared", "", lambda: delete_files(paths, below=self.local_path))
+            return
+        for _ in range(ATTEMPTS):
+            if not left:
+                return
+            self._delete_remote(left)
+            # a bulk deletion keeps to itself what it could not delete, and stops at what is absent
+            left &= set(self._find(posixpath.commonpath(left)))
+        if left:
+            raise StoreError(
+                f"{len(left)} objects of {self.url} could not be deleted, among them {min(left)}."
+            )
+
+    def _delete_remote(self, names: Iterable[str]) -> None:
+        paths = sorted(self._path(name) for name in names)
+        has_bulk = not isinstance(self._fs, MemoryFileSystem)
+        bulk = [path for path in paths if has_bulk and not has_magic(path)]
+        single = [path for path in paths if not has_bulk or has_magic(path)]
+        for first in range(0, len(bulk), _BULK):
+            some = bulk[first : first + _BULK]
+            with suppress(FileNotFoundError):
+                self._retried("deleted", f"… ({len(some)} objects)", partial(self._fs.rm, some))
+        for path in single:
+            with suppress(FileNotFoundError):  # rm_file never takes a * in a name for a pattern
+                self._retried("deleted", path, partial(self._fs.rm_file, path))
 
     def delete(self, name: str) -> None:
         """Delete an object or a folder with all that is in it; absent is fine."""
-        if self.exists(name):
-            self._fs.rm(self._path(name), recursive=True)
+        if self.is_local:
+            self._retried("deleted", name, lambda: delete_tree(Path(self._path(name))))
+        else:
+            self.delete_all(self._find(name))
 
-    def zarr_store(self, name: str, *, read_only: bool = True) -> ZarrStore:
-        """Return a folder as a Zarr store."""
+    def zarr_store(self, name: str) -> ZarrStore:
+        """Return a folder as a Zarr store, read-only."""
+        from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
         from zarr.storage import FsspecStore, LocalStore
 
+        from .zarr_reads import ZarrReads
+
+        path = self._path(name)
         if self.is_local:
-            return LocalStore(self._path(name), read_only=read_only)
-        protocol = self.url.partition("://")[0]
-        return FsspecStore.from_url(f"{protocol}://{self._path(name).lstrip('/')}", read_only=read_only)
+            return LocalStore(path, read_only=True)
+        # in threads over the one client; nobody would ever close the connections of an asynchronous one
+        client = AsyncFileSystemWrapper(self._fs, asynchronous=True)
+        return ZarrReads(FsspecStore(client, read_only=True, path=path), f"{self.url}/{name}")
+
+
+class _Ranges(io.RawIOBase):
+    """A remote object as a file: what is read is fetched, range by range.
+
+    Parameters
+    ----------
+    fetch : callable
+        Returns the bytes from a first to before a last one.
+    nbytes : int
+        The object's length.
+    """
+
+    def __init__(self, fetch: Callable[[int, int], bytes], nbytes: int) -> None:
+        super().__init__()
+        self._fetch = fetch
+        self._nbytes = nbytes
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._nbytes}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._next(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def readall(self) -> bytes:
+        return self._next(self._nbytes)  # at once; the inherited one reads by buffers
+
+    def _next(self, nbytes: int) -> bytes:
+        first, self._at = self._at, min(self._at + nbytes, self._nbytes)
+        return self._fetch(first, self._at) if first < self._at else b""
+
+
+def _modified(info: Mapping[str, Any]) -> float:
+    """Return when an object was last written, from what its file system says of it."""
+    said = next(
+        info[key] for key in ("mtime", "LastModified", "last_modified", "updated", "created") if info.get(key)
+    )
+    if isinstance(said, str):
+        said = datetime.fromisoformat(said)
+    return said.timestamp() if isinstance(said, datetime) else float(said)

@@ -73,9 +73,10 @@ class Labels:
         table = pa.table(dict(zip(PAIR_LABELS, columns, strict=True)))
         return table.append_column("__index", pa.array(np.concatenate(index)))
 
-    def documents_of(self, partition: Partition) -> tuple[int, int]:
-        """Return the lowest and the highest document of a partition."""
-        return self._document_bounds[partition.index]
+    def guarantee(self, partition: Partition) -> pc.Expression:
+        """Return what is known of the documents of all rows of a partition (for ``dataset.possible``)."""
+        first, last = self._document_bounds[partition.index]
+        return (pc.field("document") >= first) & (pc.field("document") <= last)
 
     @cached_property
     def _document_bounds(self) -> dict[int, tuple[int, int]]:

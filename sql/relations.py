@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 
 from ..catalog.run import Run
-from ..catalog.tables import DOCUMENTS, VOCAB
+from ..catalog.tables import ATTN_BAND, DOCUMENTS, VOCAB
+from .bands import band_scan
 from .dataset import LazyDataset, table_scan
 from .labels import TOKEN_LABELS, Labels
 from .reads import ReadLog
@@ -15,7 +16,7 @@ from .scan import SITE_RELATIONS, SiteScan
 
 __all__ = ["RUN_RELATIONS", "run_relations"]
 
-RUN_RELATIONS = ("documents", "all_documents", "tokens", "vocab", *SITE_RELATIONS)
+RUN_RELATIONS = ("documents", "all_documents", "tokens", "vocab", *SITE_RELATIONS, "attn_band")
 """Every name that a run's schema can have."""
 
 
@@ -32,6 +33,7 @@ def run_relations(run: Run, log: ReadLog | None = None) -> dict[str, LazyDataset
     resid                     a token at a boundary: boundary, row, …, text, chunk, vec FLOAT[d_model]
     resid_pre, resid_mid, …   a token at a layer: layer, row, …, text, chunk, vec FLOAT[width]
     pattern                   a pair of tokens in a head: layer, head, document, query, key, value
+    attn_band                 a document in a head: sums of attention near the diagonal (``tables.ATTN_BAND``)
     ========================  ==========================================================================
 
     Parameters
@@ -52,6 +54,8 @@ def run_relations(run: Run, log: ReadLog | None = None) -> dict[str, LazyDataset
         if relation.exists_in(run):
             scan = SiteScan(run, relation, labels, log)
             relations[name] = LazyDataset(scan.schema, scan.batches)
+    if "attn_band" in run.sites:
+        relations["attn_band"] = LazyDataset(ATTN_BAND, band_scan(run, labels, log))
     return relations
 
 

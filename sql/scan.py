@@ -155,8 +155,7 @@ class SiteScan:
 
     def _guarantee(self, partition: Partition) -> pc.Expression:
         """Return what is true of all rows of a partition."""
-        first, last = self.labels.documents_of(partition)
-        guarantee = (pc.field("document") >= first) & (pc.field("document") <= last)
+        guarantee = self.labels.guarantee(partition)
         if self.is_pairs:
             return guarantee
         start, stop = self.run.span(self.site.name, partition)

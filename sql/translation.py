@@ -10,6 +10,7 @@ import duckdb
 
 from ..catalog.errors import QueryError
 from ..catalog.lake import Lake
+from ..catalog.sites import SITES
 from .relations import RUN_RELATIONS
 from .scan import SITE_RELATIONS
 from .views import ANALYSIS_OF_VIEW
@@ -62,7 +63,7 @@ def _missing_hint(name: str, connection: duckdb.DuckDBPyConnection, lake: Lake) 
     if name in RUN_RELATIONS and run is None:
         first = next(iter(held)).replace('"', '""')
         return f'Say of which run: --run ID, or FROM "{first}".{name}. Runs are: {", ".join(held)}.'
-    if name in SITE_RELATIONS and run is not None and name not in held[run]:
+    if name in {*SITE_RELATIONS, *SITES} and run is not None and name not in held[run]:
         return _site_hint(name, run, lake)
     relations = sorted({*main, *(view for schema in ([run] if run else held) for view in held[schema])})
     return f"Relations are: {', '.join(relations)}. Runs are: {', '.join(held)}."
@@ -76,7 +77,8 @@ def _site_hint(name: str, run_id: str, lake: Lake) -> str:
             f"Run {run_id} has no resid_mid: in the parallel blocks of {run.shape.family}, attention and MLP "
             "read the same residual."
         )
-    lacking = ",".join(site for site in SITE_RELATIONS[name].sites if site not in run.sites)
+    needed = SITE_RELATIONS[name].sites if name in SITE_RELATIONS else (name,)
+    lacking = ",".join(site for site in needed if site not in run.sites)
     return (
         f"Run {run_id} holds {', '.join(run.sites)}. "
         f"Capture it: layerlake capture {lake.url} … --sites {lacking}"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from ..catalog.findings import StoredTable, newest_findings
 from ..catalog.lake import Lake
-from ..catalog.layout import itemsize
+from ..catalog.layout import attn_band_nbytes, itemsize
 from ..catalog.run import Run
 from ..catalog.shapes import ModelShape
 from ..catalog.sites import SITES
@@ -26,6 +26,13 @@ ANALYSIS_OF_VIEW = {
     "neurons": "neurons",
     "neuron_counts": "neurons",
     "attention_locality": "attention_locality",
+    "subjoiner": "subjoiner",
+    "subjoiner_attention": "subjoiner",
+    "wic": "wic",
+    "wic_summary": "wic",
+    "ing": "ing",
+    "ing_neurons": "ing",
+    "ing_histograms": "ing",
     "norms": "norms",
     "norm_tokens": "norms",
 }
@@ -71,11 +78,11 @@ _SITES = pa.schema(
         ("run", pa.string()),
         ("site", pa.string()),
         ("n_layers", pa.int32()),  # boundaries, for resid
-        ("width", pa.int32()),  # heads, for pattern
+        ("width", pa.int32()),  # heads, for pattern and attn_band
         ("dtype", pa.string()),
         ("n_tokens", pa.int64()),
         ("n_partitions", pa.int32()),
-        ("chunk_rows", pa.int32()),
+        ("chunk_rows", pa.int32()),  # NULL for attn_band, which is no array
         ("nbytes", pa.int64()),  # of the values, before compression
     ]
 )
@@ -146,16 +153,19 @@ def _site_rows(run: Run) -> Iterator[dict[str, object]]:
         held = [partition for partition in manifest.partitions if partition.index in manifest.sites[name]]
         n_layers, width = site.n_layers(run.shape), site.width(run.shape)
         n_rows = sum(p.n_pairs if site.rows == "pair" else p.n_rows for p in held)
+        nbytes = n_layers * n_rows * width * itemsize(manifest.dtype)
         yield {
             "run": run.run_id,
             "site": name,
             "n_layers": n_layers,
             "width": width,
-            "dtype": manifest.dtype,
+            "dtype": manifest.dtype if site.is_array else "float32",
             "n_tokens": sum(partition.n_rows for partition in held),
             "n_partitions": len(held),
-            "chunk_rows": manifest.geometry.chunk_rows[name],
-            "nbytes": n_layers * n_rows * width * itemsize(manifest.dtype),
+            "chunk_rows": manifest.geometry.chunk_rows[name] if site.is_array else None,
+            "nbytes": nbytes
+            if site.is_array
+            else attn_band_nbytes(run.shape, sum(p.n_documents for p in held)),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 
 from layerlake.capture.frozen import FrozenPlan, PartitionWork, digest_json
 from layerlake.capture.model_store import write_model
+from layerlake.capture.partition import PartitionBuffer, PlacedDocument
 from layerlake.capture.phases import finalise_capture, init_capture, write_ledger
-from layerlake.capture.placement import EncodedDocument, place_documents
-from layerlake.capture.writer import PartitionBuffer, write_partition
+from layerlake.capture.placement import EncodedDocument, Prompt, place_documents
+from layerlake.capture.writer import write_partition
+from layerlake.catalog.bands import band_sums
 from layerlake.catalog.lake import Lake, create_lake
 from layerlake.catalog.layout import plan_geometry
 from layerlake.catalog.manifest import Manifest
@@ -22,6 +25,10 @@ from layerlake.catalog.run import Run
 from layerlake.catalog.shapes import ModelShape
 from layerlake.catalog.sites import SITES
 from layerlake.catalog.tables import VOCAB
+
+from .file_systems import counting, flaky, no_waiting, s3_server, s3_url, slow
+
+__all__ = ["build_run", "counting", "flaky", "no_waiting", "s3_server", "s3_url", "slow"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -85,6 +92,7 @@ def build_run(
     weights: Mapping[str, Array] | None = None,
     token_ids: Array | None = None,
     vocab: Sequence[str] | None = None,
+    prompts: Sequence[Prompt] | None = None,
     seed: int = 0,
 ) -> Run:
     """Write a run of given values, through the writer that a capture uses.
@@ -102,6 +110,8 @@ def build_run(
         int ``[token]``; random if None. Position 0 of each document gets token 0 when random.
     vocab : sequence of str, optional
         The text of each token id; "t0", "t1", … if None.
+    prompts : sequence of Prompt, optional
+        What each document is in a task; plain text if None.
     """
     store = create_lake(url)
     n_tokens = sum(lengths)
@@ -111,7 +121,12 @@ def build_run(
         token_ids = np.random.default_rng(seed).integers(1, shape.n_vocab, n_tokens)
         token_ids[starts[:-1]] = 0
     encoded = [
-        EncodedDocument(f"{name}:{i}", token_ids[start : start + n].astype(np.int32), n)
+        EncodedDocument(
+            (f"{name}:{i}",),
+            token_ids[start : start + n].astype(np.int32),
+            n,
+            prompt=prompts[i] if prompts else None,
+        )
         for i, (start, n) in enumerate(zip(starts, lengths, strict=False))
     ]
     geometry = plan_geometry(
@@ -121,12 +136,14 @@ def build_run(
     identity = {"name": name, "seed": seed, "dtype": dtype, "lengths": list(lengths)}
     model_id = f"{name}-{digest_json([shape.to_json(), seed], 8)}"
     texts = list(vocab) if vocab is not None else [f"t{i}" for i in range(shape.n_vocab)]
+    given = random_weights(shape, seed) | dict(weights or {})
     write_model(
         store,
         model_id,
+        shape=shape,
         card={"model_id": model_id, "model": name, "shape": shape.to_json()},
         vocab=pa.table([range(len(texts)), texts, [i == 0 for i in range(len(texts))]], schema=VOCAB),
-        weights=random_weights(shape, seed) | dict(weights or {}),
+        read_weight=lambda name, block: given[name][block],
     )
     partitions = tuple(p.index for p in placed.partitions)
     manifest = Manifest(
@@ -145,42 +162,39 @@ def build_run(
         sites=dict.fromkeys(sites, partitions),
     )
     work = tuple(PartitionWork(index, tuple(sites), ()) for index in partitions)
-    plan = FrozenPlan(manifest, work, adds_documents=True, n_threads=1)
+    plan = FrozenPlan(manifest, work, adds_documents=True, n_threads=1, request={})
     init_capture(store, plan, documents=placed.documents, tokens=placed.tokens)
+    stored = [
+        PlacedDocument(row["document"], document.token_ids, row["row_start"], row["pair_start"])
+        for row, document in zip(placed.documents.to_pylist(), encoded, strict=True)
+    ]
     for item in plan.work:
-        buffer = PartitionBuffer(manifest, item.sites)
-        for i, document in enumerate(placed.documents.to_pylist()):
-            if document["partition"] == item.index:
-                _fill(
-                    buffer, manifest, document, arrays, index=i, lengths=lengths, first_token=int(starts[i])
-                )
-        write_ledger(store, plan, item.index, write_partition(store, manifest, item.index, buffer.arrays))
-    return Run(store, finalise_capture(store, plan, provenance={}))
+        inside = [d for d in stored if placed.documents["partition"][d.number].as_py() == item.index]
+        batch = replace(item, batches=(tuple(document.number for document in inside),))
+        buffer = PartitionBuffer(manifest, batch, {document.number: document for document in stored})
+        for site, layer in buffer.values:
+            picked = _pick(site, layer, arrays, lengths, batch.batches[0])
+            if SITES[site].is_array:
+                picked = [_encode(each, dtype) for each in picked]
+            buffer.place(site, layer, inside, picked)
+        write_ledger(store, plan, item.index, write_partition(store, manifest, buffer))
+    return Run(store, finalise_capture(store, plan))
 
 
-def _fill(
-    buffer: PartitionBuffer,
-    manifest: Manifest,
-    document: Mapping[str, Any],
-    arrays: Mapping[str, Array],
-    *,
-    index: int,
-    lengths: Sequence[int],
-    first_token: int,
-) -> None:
-    """Copy one document's values to its rows and pairs."""
-    n = lengths[index]
-    first_pair = sum(m * (m + 1) // 2 for m in lengths[:index])
-    row = document["row_start"] - document["partition"] * manifest.geometry.partition_tokens
-    pair = document["pair_start"] - document["partition"] * manifest.geometry.partition_pairs
-    for name, target in buffer.arrays.items():
-        if SITES[name].rows == "pair":
-            n_values = n * (n + 1) // 2
-            given = arrays[name][:, :, first_pair : first_pair + n_values]
-            target[:, :, pair : pair + n_values] = _encode(given, manifest.dtype)
-        else:
-            given = arrays[name][:, first_token : first_token + n]
-            target[:, row : row + n] = _encode(given, manifest.dtype)
+def _pick(
+    site: str, layer: int, arrays: Mapping[str, Array], lengths: Sequence[int], numbers: Sequence[int]
+) -> list[Array]:
+    """Return one layer of each of some documents."""
+    n_tokens = np.array(lengths)
+    n_pairs = n_tokens * (n_tokens + 1) // 2
+    if site == "attn_band":
+        starts = np.cumsum(n_pairs) - n_pairs
+        chosen = list(numbers)
+        sums = band_sums(arrays["pattern"][layer], n_tokens[chosen], starts[chosen])
+        return list(sums.astype(np.float32))
+    n, axis = (n_pairs, 1) if SITES[site].rows == "pair" else (n_tokens, 0)
+    whole = np.split(arrays[site][layer], np.cumsum(n)[:-1], axis=axis)
+    return [whole[number] for number in numbers]
 
 
 def _encode(values: Array, dtype: str) -> Array:

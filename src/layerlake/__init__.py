@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .capture.execute import capture_run
-    from .capture.plan import CapturePlan, CaptureSpec, plan_capture
+    from .capture.plan import CapturePlan, plan_capture
+    from .capture.spec import CaptureSpec
     from .catalog.errors import LayerLakeError
     from .catalog.findings import Finding
     from .catalog.run import Run
@@ -35,7 +36,7 @@ __all__ = [
 _HOMES = {
     "SITES": "catalog.sites",
     "CapturePlan": "capture.plan",
-    "CaptureSpec": "capture.plan",
+    "CaptureSpec": "capture.spec",
     "Finding": "catalog.findings",
     "Lake": "lake",
     "LayerLakeError": "catalog.errors",

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["note", "print_json", "print_table", "show_capture"]
+__all__ = ["CaptureProgress", "note", "print_json", "print_table", "show_capture"]
 
 _STDERR = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -54,36 +54,67 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+class CaptureProgress(Protocol):
+    """Is told how far a capture has come."""
+
+    def __call__(self, phase: str, done: int, total: int, *, nbytes: int = 0, queued: int = 0) -> None:
+        """Take a phase's name, tokens done and in all, bytes stored, and objects waiting to be stored."""
+
+
 @contextmanager
-def show_capture(label: str) -> Iterator[Callable[[str, int, int], None]]:
+def show_capture(label: str) -> Iterator[CaptureProgress]:
     """Show a capture's progress: a bar on a terminal, elsewhere a line for each tenth of the way."""
     if not _STDERR.is_terminal:
         yield _line_log(label)
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
-        TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=_STDERR) as bar:
-        task = bar.add_task(label, total=1, rate="")
-        began = time.monotonic()
+        task = bar.add_task(label, total=1, figures="")
+        rates = _Rates()
 
-        def update(phase: str, done: int, total: int) -> None:
-            rate = f"{done / max(1e-9, time.monotonic() - began):,.0f} tok/s" if done else phase
-            bar.update(task, completed=done, total=max(1, total), rate=rate)
+        def update(phase: str, done: int, total: int, *, nbytes: int = 0, queued: int = 0) -> None:
+            figures = rates.figures(done, nbytes, queued) if total else phase
+            bar.update(task, completed=done, total=max(1, total), figures=figures)
 
         yield update
 
 
-def _line_log(label: str) -> Callable[[str, int, int], None]:
-    began, shown = time.monotonic(), -1
+class _Rates:
+    """Tokens and bytes a second since the first token of this process: what an earlier one did is not counted."""
 
-    def update(phase: str, done: int, total: int) -> None:
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._done_before: int | None = None
+
+    def figures(self, done: int, nbytes: int, queued: int) -> str:
+        if self._done_before is None:
+            self._began, self._done_before = time.monotonic(), done
+        seconds = max(1e-9, time.monotonic() - self._began)
+        tokens = done - self._done_before
+        return f"{tokens / seconds:,.0f} tok/s, {nbytes / seconds / 1e6:,.0f} MB/s, {queued} queued"
+
+    def remaining_s(self, done: int, total: int) -> float | None:
+        """Return the seconds left at the rate so far; None before the first token."""
+        tokens = done - (self._done_before or 0)
+        return (time.monotonic() - self._began) * (total - done) / tokens if tokens > 0 else None
+
+
+def _line_log(label: str) -> CaptureProgress:
+    shown, rates = -1, _Rates()
+
+    def update(phase: str, done: int, total: int, *, nbytes: int = 0, queued: int = 0) -> None:
         nonlocal shown
-        tenth = 10 * done // total if total else -1
-        if tenth > shown:
+        if not total:
+            note(f"{label}: {phase}")
+            return
+        figures = rates.figures(done, nbytes, queued)
+        if (tenth := 10 * done // total) > shown:
             shown = tenth
-            seconds = time.monotonic() - began
-            note(f"{label}: {done:,}/{total:,} tokens, {seconds:.0f} s" if total else f"{label}: {phase}")
+            left = rates.remaining_s(done, total)
+            eta = f", {left:,.0f} s left" if left is not None and done < total else ""
+            note(f"{label}: {done:,}/{total:,} tokens, {figures}{eta}")
 
     return update

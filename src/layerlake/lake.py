@@ -62,7 +62,7 @@ class Lake(CatalogLake):
         Parameters
         ----------
         name : str
-            lens, cka, neurons, attention_locality or norms.
+            lens, cka, neurons, attention_locality, subjoiner, wic, ing or norms.
         run : str or sequence of str
             Runs by id or unique prefix; all runs if empty.
         scheduler : str

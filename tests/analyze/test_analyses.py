@@ -17,9 +17,14 @@ from layerlake.analyze.norms import NormsOptions
 from layerlake.catalog.errors import AnalysisError, CorruptRun, RunNotFound, SiteNotFound
 from layerlake.catalog.findings import newest_findings
 from layerlake.catalog.lake import Lake, create_lake
+from layerlake.catalog.manifest import commit_manifest
 from layerlake.catalog.run import Run
 
+ANY_TEXT = [name for name in ANALYSES if name not in ("subjoiner", "wic", "ing")]
+"""What a run of random tokens can answer: the others need words, or a task."""
+
 each = pytest.mark.parametrize("name", ANALYSES)
+answered = pytest.mark.parametrize("name", ANY_TEXT)
 
 
 @pytest.fixture
@@ -42,7 +47,7 @@ def forbid_computing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return forbid
 
 
-@each
+@answered
 def test_second_call_reads_the_first(lake: Lake, forbid_computing: Callable[[], None], name: str) -> None:
     first = run_analysis(lake, name)
     assert tuple(first.tables) == ANALYSES[name].views
@@ -83,7 +88,7 @@ def test_another_option_is_another_finding(
         run_analysis(lake, "lens", options={"tokens": "11"})
 
 
-@pytest.mark.parametrize("name", [name for name, analysis in ANALYSES.items() if analysis.sites])
+@pytest.mark.parametrize("name", [name for name in ANY_TEXT if any(ANALYSES[name].sites)])
 def test_a_longer_extent_is_computed_anew(
     lake: Lake, forbid_computing: Callable[[], None], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -126,9 +131,9 @@ def test_missing_site_is_said_before_work_starts(
     make_run(name="first")
     lake = Lake(make_run(name="second", sites=("resid",)).store.url)
     forbid_computing()
-    with pytest.raises(SiteNotFound, match="'pattern' not at all") as error:
+    with pytest.raises(SiteNotFound, match="'attn_band' not at all") as error:
         run_analysis(lake, "attention_locality")
-    assert "--sites pattern" in error.value.hint
+    assert "--sites attn_band" in error.value.hint
 
 
 def test_run_all_skips_what_a_run_cannot_answer(make_run: Callable[..., Run]) -> None:
@@ -136,7 +141,7 @@ def test_run_all_skips_what_a_run_cannot_answer(make_run: Callable[..., Run]) ->
     second = make_run(name="second", sites=("resid",), lengths=(2, 2, 1))
     lake = Lake(second.store.url)
     findings, skipped = run_all(lake)
-    assert [finding.analysis for finding in findings] == list(ANALYSES)
+    assert [finding.analysis for finding in findings] == ANY_TEXT
     assert {finding.analysis: finding.runs for finding in findings} == {
         "lens": (first.run_id,),
         "cka": (first.run_id, second.run_id),
@@ -144,12 +149,38 @@ def test_run_all_skips_what_a_run_cannot_answer(make_run: Callable[..., Run]) ->
         "attention_locality": (first.run_id,),
         "norms": (first.run_id,),
     }
-    assert {(skip.run, skip.analysis) for skip in skipped} == {
+    refused = {(skip.run, skip.analysis) for skip in skipped if skip.analysis in ANY_TEXT}
+    assert refused == {
         (second.run_id, "lens"), (second.run_id, "attention_locality"), (second.run_id, "norms"),
     }  # fmt: skip
+    assert {skip.analysis for skip in skipped if skip.run == first.run_id} == {*ANALYSES} - {*ANY_TEXT}
     reasons = {skip.analysis: skip.reason for skip in skipped}
     assert "no document is longer than 2 tokens" in reasons["lens"]
-    assert "--sites pattern" in reasons["attention_locality"]
+    assert "--sites attn_band" in reasons["attention_locality"]
+
+
+@pytest.mark.parametrize("site", ["pattern", "attn_band"])
+def test_either_site_answers_for_attention_locality(make_run: Callable[..., Run], site: str) -> None:
+    lake = Lake(make_run(sites=(site,), lengths=(20, 30), context=32, partition_tokens=64).store.url)
+    findings, skipped = run_all(lake)
+    assert [finding.analysis for finding in findings] == ["neurons", "attention_locality"]
+    assert [skip.analysis for skip in skipped if skip.analysis in ANY_TEXT] == ["lens", "cka", "norms"]
+    (key,) = findings[1].keys
+    assert set(key.extents) == {site}
+    assert set(findings[1].table["source"].to_pylist()) == {site}
+
+
+def test_a_run_that_gets_the_sums_later_is_computed_from_them(make_run: Callable[..., Run]) -> None:
+    """The memo key says which site was read; the newest finding is what the view shows."""
+    run = make_run(sites=("pattern", "attn_band"), lengths=(20, 30), context=32, partition_tokens=64)
+    lake = Lake(run.store.url)
+    held = {"pattern": run.manifest.sites["pattern"]}
+    commit_manifest(run.store, dataclasses.replace(run.manifest, sites=held))
+    before = run_analysis(lake, "attention_locality")
+    commit_manifest(run.store, dataclasses.replace(lake.run().manifest, sites=run.manifest.sites))
+    after = run_analysis(lake, "attention_locality")
+    assert [set(finding.keys[0].extents) for finding in (before, after)] == [{"pattern"}, {"attn_band"}]
+    assert len(lake.findings("attention_locality")) == 2
 
 
 def test_run_all_raises_other_errors(lake: Lake) -> None:
@@ -181,7 +212,10 @@ def test_values_that_are_not_finite_are_never_averaged(
         values[layer, 1, 50] = np.nan
     else:
         values[layer, [5, 19], 3] = np.nan
-    run = make_run(name="bad", lengths=(20, 9, 5, 6), context=24, partition_tokens=32, values={site: values})
+    run = make_run(
+        name="bad", lengths=(20, 9, 5, 6), context=24, partition_tokens=32, values={site: values},
+        sites=["resid", "attn_out", "mlp_out", "pattern"],
+    )  # fmt: skip
     lake = Lake(run.store.url)
     with pytest.raises(
         AnalysisError, match=rf"Run bad-\w+ holds \d values .* of site '{site}', layer {layer}"

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from layerlake.analyze.attention import (
-    MAX_DISTANCE,
-    AttentionOptions,
-    band_counts,
-    band_sums,
-    compute_attention,
-    uniform_sums,
-)
+from layerlake.analyze.attention import AttentionOptions, compute_attention
+from layerlake.catalog.bands import MAX_DISTANCE
+from layerlake.catalog.errors import AnalysisError, CorruptRun, SiteNotFound
 from layerlake.catalog.run import Run
 from layerlake.catalog.shapes import ModelShape
 
@@ -41,35 +35,12 @@ def by_dense(pattern: Array, first: int) -> tuple[Array, Array]:
     return sums, counts
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 9))
-def test_band_sums_equal_dense_sums(lengths: list[int], seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    dense = [rng.random((2, n, n)) for n in lengths]
-    packed = np.concatenate([p[:, *np.tril_indices(p.shape[1])] for p in dense], axis=1)
-    n = np.array(lengths)
-    starts = np.cumsum(n * (n + 1) // 2) - n * (n + 1) // 2
-    sums, counts = band_sums(packed, n, starts), band_counts(n)
-    for document, pattern in enumerate(dense):
-        for query_set, first in enumerate((0, 17)):
-            for head in range(2):
-                expected, expected_counts = by_dense(pattern[head], first)
-                np.testing.assert_allclose(sums[document, query_set, head], expected, atol=1e-12)
-                np.testing.assert_array_equal(counts[document, query_set], expected_counts)
-
-
-def test_uniform_attention_has_the_uniform_sums() -> None:
-    lengths = np.array([1, 18, 33])
-    packed = np.concatenate([uniform_pattern(n)[np.tril_indices(n)] for n in lengths])[None]
-    starts = np.cumsum(lengths * (lengths + 1) // 2) - lengths * (lengths + 1) // 2
-    sums, expected = band_sums(packed, lengths, starts)[:, :, 0], uniform_sums(lengths)
-    np.testing.assert_allclose(sums, expected, atol=1e-12)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_locality_equals_one_shot_numpy(make_run: Callable[..., Run], shape: ModelShape, dtype: str) -> None:
     lengths = (20, 5, 31, 18, 17, 40)
-    run = make_run(shape=shape, dtype=dtype, lengths=lengths, context=40, partition_tokens=64)
+    run = make_run(
+        shape=shape, dtype=dtype, lengths=lengths, context=40, partition_tokens=64, sites=["pattern"]
+    )
     assert len(run.manifest.partitions) > 2
     rows = compute_attention(run, AttentionOptions())["attention_locality"].to_pylist()
     assert len(rows) == 2 * (MAX_DISTANCE + 1)
@@ -101,7 +72,7 @@ def test_authors_pool_within_documents_and_weigh_them_equally(
     make_run: Callable[..., Run], shape: ModelShape
 ) -> None:
     lengths = (20, 7, 31, 24)
-    run = make_run(shape=shape, lengths=lengths, context=32, partition_tokens=64)
+    run = make_run(shape=shape, lengths=lengths, context=32, partition_tokens=64, sites=["pattern"])
     rows = compute_attention(run, AttentionOptions(variant="authors"))["attention_locality"].to_pylist()
     patterns = [run.attention(document, 1).to_numpy().astype(np.float64) for document in range(4)]
     pooled = [
@@ -145,3 +116,71 @@ def test_one_document_that_is_long_enough(make_run: Callable[..., Run]) -> None:
     assert row["mean_weight"] is not None
     assert row["mean_weight_lo"] is None
     assert row["reason"] == "no interval: too few documents have a query that counts"
+
+
+def columns_of(run: Run, variant: Literal["default", "authors"] = "default") -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = compute_attention(run, AttentionOptions(variant=variant))[
+        "attention_locality"
+    ].to_pydict()
+    return columns
+
+
+def without(run: Run, site: str) -> Run:
+    """The run as it would be if a site had not been captured."""
+    sites = {name: held for name, held in run.manifest.sites.items() if name != site}
+    return Run(run.store, replace(run.manifest, sites=sites))
+
+
+@pytest.mark.parametrize("variant", ["default", "authors"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_the_sums_and_the_pattern_give_the_same_numbers(
+    make_run: Callable[..., Run], shape: ModelShape, dtype: str, tolerance: float, variant: Any
+) -> None:
+    """The sums are float32 whatever the pattern is stored as; documents of all lengths, in several partitions."""
+    run = make_run(
+        shape=shape, dtype=dtype, lengths=(20, 5, 31, 18, 17, 40), context=40, partition_tokens=64,
+        sites=["pattern", "attn_band"],
+    )  # fmt: skip
+    assert len(run.manifest.partitions) > 2
+    from_sums, from_pattern = columns_of(run, variant), columns_of(without(run, "attn_band"), variant)
+    assert {*from_sums.pop("source")} == {"attn_band"}
+    assert {*from_pattern.pop("source")} == {"pattern"}
+    assert from_sums.keys() == from_pattern.keys()
+    for name, expected in from_pattern.items():
+        if any(isinstance(value, float) for value in expected):
+            found, wanted = (np.array(values, dtype=float) for values in (from_sums[name], expected))
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance, err_msg=name)
+        else:
+            assert from_sums[name] == expected
+    assert columns_of(without(run, "pattern"), variant)["mean_weight"] == from_sums["mean_weight"]
+
+
+def test_without_either_the_sums_are_what_to_capture(make_run: Callable[..., Run]) -> None:
+    with pytest.raises(SiteNotFound, match="'attn_band' not at all") as caught:
+        columns_of(make_run(sites=["resid"]))
+    assert "--sites attn_band" in caught.value.hint
+
+
+def test_a_pattern_that_is_whole_is_read_rather_than_sums_in_part(make_run: Callable[..., Run]) -> None:
+    run = make_run(sites=["pattern", "attn_band"])
+    held = run.manifest.sites | {"attn_band": run.manifest.sites["attn_band"][1:]}
+    assert {*columns_of(Run(run.store, replace(run.manifest, sites=held)))["source"]} == {"pattern"}
+
+
+def test_sums_of_other_documents_are_refused(make_run: Callable[..., Run]) -> None:
+    run = make_run(sites=["attn_band"])
+    folder = f"runs/{run.run_id}/attn_band"
+    run.store.write(f"{folder}/part-00000001.parquet", run.store.read(f"{folder}/part-00000000.parquet"))
+    with pytest.raises(CorruptRun, match="Partition 1 of attn_band") as caught:
+        columns_of(run)
+    assert "layerlake verify" in caught.value.hint
+
+
+def test_sums_that_are_not_finite_are_an_error(make_run: Callable[..., Run]) -> None:
+    values = np.full((2, 2, 5 * 6 // 2 + 20 * 21 // 2), 0.5, dtype=np.float32)
+    values[1, 0, -1] = np.nan
+    run = make_run(
+        lengths=(5, 20), context=24, values={"pattern": values}, sites=["attn_band"], partition_tokens=32
+    )
+    with pytest.raises(AnalysisError, match="site 'attn_band', layer 1"):
+        columns_of(run)

@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from layerlake.analyze import charts
+from layerlake.analyze import charts, ing_charts, subjoiner_charts
 from layerlake.analyze.charts import Series
+from layerlake.analyze.panels import Row
 
 A, B = Series("a-1", "model a", 2), Series("b-2", "model b", 4)
 INTERVAL = {"_lo": -0.1, "": 0.0, "_hi": 0.1}
@@ -74,6 +75,32 @@ def attention_table(*series: Series, bos: float | None = 0.25) -> pa.Table:
     )
 
 
+def subjoiner_table(*series: Series) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {"run": item.run, "layer": layer, "head": head, "rank": 4 * layer + 1 + (head + 1) % 4}
+            | {"q_value": 0.01 if head > 1 else 0.5, "split_weight": 0.5}
+            | {f"score{end}": 0.2 + d for end, d in INTERVAL.items()}
+            for item in series
+            for layer in range(item.n_layers)
+            for head in range(4)
+        ]
+    )
+
+
+def subjoiner_attention_table(*series: Series, words: str = "abcdefghijkl") -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {"run": item.run, "layer": 1, "head": 2, "class": name, "prompt": i, "word": word, "document": 0}
+            | {"row": 40 * i, "distance": distance, "weight": (i + 1) / 100 if distance == 3 else 0.0}
+            for item in series
+            for name in ("split", "single")
+            for i, word in enumerate(words)
+            for distance in range(16)
+        ]
+    )
+
+
 def norms_table(*series: Series, mlp: float = 2.0) -> pa.Table:
     return pa.Table.from_pylist(
         [
@@ -87,6 +114,63 @@ def norms_table(*series: Series, mlp: float = 2.0) -> pa.Table:
     )
 
 
+def wic_table(*series: Series) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {"run": item.run, "layer": i - 1, "boundary": i, "features": features, "n_dev": 638}
+            | {f"accuracy{end}": 0.55 + 0.1 * i + d / 10 for end, d in INTERVAL.items()}
+            for item in series
+            for i in range(item.n_layers + 1)
+            for features in ("interaction", "concat", "concat_difference", "cosine")
+        ]
+    )
+
+
+def ing_table(*series: Series, heavy: bool = True) -> pa.Table:
+    probes = [
+        ("ensemble", "random", 3), ("ensemble", "selected", 3), *([("ensemble", "heavy_tailed", 7)] if heavy else []),
+        ("model", "top1_is_ing", None), ("model", "p_ing", None), ("model", "p_ing_tuned", None),
+        ("model", "top1_exact", None),
+    ]  # fmt: skip
+    numbers: Row = {"accuracy": 0.7, "accuracy_lo": 0.6, "accuracy_hi": 0.8, "validation_accuracy": 0.7}
+    rows: list[Row] = [
+        {"probe": probe, "features": features, "k": k} | numbers
+        for probe, features, last in probes
+        for k in (range(1, last + 1) if last == 3 else [last])
+    ]
+    singles: list[Row] = [
+        {"probe": "neuron", "features": features, "k": 1, "layer": 1, "unit": unit, "effect": effect}
+        | numbers
+        | {"accuracy": 0.9 - unit / 10, "validation_accuracy": 0.5 + unit / 10}
+        for features in ("selected", "random")
+        for unit, effect in enumerate(("promotes", "suppresses", "promotes"))
+    ]
+    empty: Row = {"layer": None, "unit": None, "effect": None}
+    return pa.Table.from_pylist(
+        [{"run": item.run, **empty, **row} for item in series for row in (*rows, *singles)]
+    )
+
+
+def ing_histograms_table(*series: Series, n_neurons: int = 13) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "run": item.run,
+                "rank": rank,
+                "layer": rank - 1,
+                "unit": 7,
+                "difference": -0.123,
+                "tokens": tokens,
+            }
+            | {"bin": i, "low": i / 2, "high": (i + 1) / 2, "count": i}
+            for item in series
+            for rank in range(1, n_neurons + 1)
+            for tokens in ("ing", "other")
+            for i in range(3)
+        ]
+    )
+
+
 CHARTS: dict[str, tuple[Callable[..., Any], Callable[..., pa.Table]]] = {
     "lens": (charts.lens_chart, lens_table),
     "cka": (charts.cka_chart, cka_table),
@@ -94,8 +178,13 @@ CHARTS: dict[str, tuple[Callable[..., Any], Callable[..., pa.Table]]] = {
     "attention": (charts.attention_locality_chart, attention_table),
     "distances": (charts.attention_distance_chart, attention_table),
     "norms": (charts.norms_chart, norms_table),
+    "ing": (ing_charts.ing_chart, ing_table),
+    "ing, histograms": (ing_charts.ing_histograms_chart, ing_histograms_table),
+    "subjoiner": (subjoiner_charts.subjoiner_chart, subjoiner_table),
+    "subjoiner, attention": (subjoiner_charts.subjoiner_attention_chart, subjoiner_attention_table),
+    "wic": (charts.wic_chart, wic_table),
 }
-LINES = ("lens", "neurons", "attention", "norms")
+LINES = ("lens", "neurons", "attention", "norms", "subjoiner", "wic")
 
 Spec = dict[str, Any]
 
@@ -257,6 +346,32 @@ def test_distances_are_those_of_the_paper() -> None:
     assert {row["distance"] for row in rows_of(drawn("distances", A, B))} == {1, 2, 4, 8, 16}
 
 
+def test_a_layers_best_subjoiner_is_drawn_with_the_share_of_those_found() -> None:
+    rows = rows_of(drawn("subjoiner", B))
+    assert [(row["head"], row["share"], row["n_found"]) for row in rows] == [(3, 0.5, 2)] * 4
+    assert [row["depth"] for row in rows] == [0.125, 0.375, 0.625, 0.875]
+
+
+def test_subjoiner_heat_maps_show_the_mean_of_all_prompts_and_ten_of_them() -> None:
+    spec = drawn("subjoiner, attention", A, B)
+    assert [panel["title"] for panel in spec["concat"]] == [
+        f"model {name}, layer 1, head 2: words of {kind}"
+        for name in "ab"
+        for kind in ("several tokens", "one token")
+    ]
+    cells = next(iter(spec["datasets"].values()))
+    assert list(dict.fromkeys(row["word"] for row in cells)) == ["mean of 12", *"abcdefghij"]
+    bright = {row["word"]: row["weight"] for row in cells if row["position"] == -4}
+    assert bright["mean of 12"] == pytest.approx(0.065)
+    assert bright["c"] == 0.03
+    assert not any(row["weight"] for row in cells if row["position"] != -4)
+
+
+def test_prompts_of_one_word_have_rows_of_their_own() -> None:
+    cells = rows_of(draw("subjoiner, attention", A, table=subjoiner_attention_table(A, words="aab")))
+    assert list(dict.fromkeys(row["word"] for row in cells)) == ["mean of 3", "a (0)", "a (1)", "b"]
+
+
 def test_norms_have_logarithmic_axes_that_hold_them_and_show_the_ratio() -> None:
     spec = drawn("norms", A)
     (ratio,) = {row["ratio"] for row in rows_of(spec) if row}
@@ -276,3 +391,46 @@ def test_a_norm_of_0_is_a_gap_on_a_logarithmic_axis() -> None:
 def test_the_data_of_a_chart_is_held_once() -> None:
     shared = [rows for rows in drawn("lens", A, B)["datasets"].values() if rows != [{}]]
     assert len(shared) == 1
+
+
+def test_probes_have_bands_and_chance_and_an_axis_that_does_not_begin_at_0() -> None:
+    spec = drawn("wic", A)
+    assert y_titles(spec)[0] == "accuracy, from |u − v| and u ⊙ v"
+    assert len(y_titles(spec)) == 4
+    assert [e["y"]["datum"] for e in encodings(spec) if "datum" in e["y"]] == [0.5] * 4
+    assert next(e["y2"]["field"] for e in encodings(spec) if "y2" in e) == "interaction_hi"
+    assert not any(e["y"]["scale"]["zero"] for e in encodings(spec) if "scale" in e["y"])
+    assert [row["depth"] for row in rows_of(spec) if row] == [0, 0.5, 1]
+
+
+def test_the_probes_of_a_run_have_one_panel_and_its_neurons_stand_in_the_order_of_validation() -> None:
+    spec = drawn("ing", A, B)
+    assert [panel["title"] for panel in spec["concat"]] == ["model a", "model b"]
+    points = [row for row in rows_of(drawn("ing", A)) if "neuron" in row]
+    assert [(row["k"], row["neuron"], row["what"], row["accuracy"]) for row in points] == [
+        (1, "L1.2", "one neuron for -ing", 0.7),
+        (2, "L1.1", "one neuron against -ing", 0.8),
+        (3, "L1.0", "one neuron for -ing", 0.9),
+    ]
+    lines = [row for row in rows_of(drawn("ing", A)) if row and "neuron" not in row]
+    assert {(row["what"], row["k"]) for row in lines} == {
+        *(("best k of the neurons", k) for k in (1, 2, 3)), *(("best k of random neurons", k) for k in (1, 2, 3)),
+        ("the model: its first choice is -ing", None), ("the model: P(-ing) above a tuned threshold", None),
+        ("all heavy-tailed neurons of these layers", 7),
+    }  # fmt: skip
+    without = rows_of(draw("ing", A, table=ing_table(A, heavy=False)))
+    assert not any("heavy" in row.get("what", "") for row in without)
+
+
+def test_histograms_are_of_the_first_twelve_neurons_or_four_of_many_runs() -> None:
+    alone = drawn("ing, histograms", A)
+    assert [panel["title"] for panel in alone["concat"]][:2] == ["L0.7: D = -0.12", "L1.7: D = -0.12"]
+    assert len(alone["concat"]) == 12
+    both = drawn("ing, histograms", A, B)
+    assert [panel["title"]["subtitle"] for panel in both["concat"]] == ["model a"] * 12 + ["model b"] * 12
+    assert len(drawn("ing, histograms", A, B, Series("c-3", "model c", 2))["concat"]) == 12
+    bars = rows_of(alone)
+    assert all(row["count"] > 0 for row in bars)  # a logarithmic axis has no place for 0
+    assert [row["tokens"] for row in alone["datasets"][alone["concat"][0]["data"]["name"]]] == [
+        "other tokens", "other tokens", "end in -ing", "end in -ing",
+    ]  # fmt: skip

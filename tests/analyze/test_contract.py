@@ -6,26 +6,85 @@ import io
 import random
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from layerlake.analyze import cka, lens, neurons
+from layerlake.analyze import cka, lens, neurons, wic
 from layerlake.analyze.attention import AttentionOptions, AttentionStatistic
 from layerlake.analyze.cka import CkaOptions, CkaStatistic
+from layerlake.analyze.ing_examples import Examples, IngTokens
+from layerlake.analyze.ing_probes import IngActivationStatistic, IngProbeStatistic, ProbeNeurons
 from layerlake.analyze.lens import LensOptions, LensStatistic
 from layerlake.analyze.neurons import NeuronOptions, NeuronStatistic
 from layerlake.analyze.norms import NormsOptions, NormsStatistic
+from layerlake.analyze.readout import Readout
 from layerlake.analyze.reduce import reduce_statistic
 from layerlake.analyze.statistic import State, Statistic
+from layerlake.analyze.subjoiner import Prompts, SubjoinerOptions, SubjoinerStatistic
+from layerlake.analyze.wic import WicOptions, WicStatistic
+from layerlake.analyze.wic_items import WicItems, hold_out_words
+from layerlake.catalog.manifest import Partition
 from layerlake.catalog.run import Run
 
 Open = Callable[[Run], Statistic[Any]]
+
+
+def open_ing(run: Run) -> IngActivationStatistic:
+    """Every token ten times as an example, with labels that mean nothing."""
+    rows, documents = (np.repeat(run.tokens[name].to_numpy(), 10) for name in ("row", "document"))
+    items = np.arange(len(rows))
+    examples = Examples(rows, items % 5, items % 2 == 0, documents, items // 2 % 5)
+    is_ing = np.arange(run.shape.n_vocab) % 5 == 0
+    tokens = IngTokens(is_ing, ~is_ing, is_ing, is_ing)
+    neurons = ProbeNeurons.of(np.array([[1, 3], [0, 2]]), np.array([[1, 3], [1, 4]]), run.shape.d_mlp, 0)
+    params = {"seed": 0, "variant": "default"}
+    return IngActivationStatistic(examples, neurons, tokens, Readout.open(run), run.shape.n_layers, params)
+
+
+def open_ing_probes(run: Run) -> IngProbeStatistic:
+    """The probes of those, on activations."""
+    gather = open_ing(run)
+    values = reduce_statistic(gather, run, scheduler="synchronous").values
+    effects = ("promotes", "suppresses")
+    return IngProbeStatistic(
+        run.run_id, gather.examples, gather.neurons, gather.tokens, effects, values, gather.params
+    )
+
+
+def open_subjoiner(run: Run) -> SubjoinerStatistic:
+    """The heads' scores for the third and the last token of each document, as if they were words."""
+    table = run.stored_documents
+    table = table.filter(pc.greater(table["n_tokens"], 2))
+    names = ("document", "n_tokens", "row_start", "pair_start", "partition")
+    documents, lengths, rows, pairs, partitions = (table[name].to_numpy().astype(np.int64) for name in names)
+    positions = np.stack([np.full_like(lengths, 2), lengths - 1])
+    documents, rows, pairs, partitions = (
+        np.stack([each, each]) for each in (documents, rows, pairs, partitions)
+    )
+    words = np.full(positions.shape, "word", dtype=object)
+    prompts = Prompts(documents, positions, rows + positions, pairs, partitions, words, (9, 9))
+    options = SubjoinerOptions(word_tokens=3, permutations=50)
+    return SubjoinerStatistic(run.run_id, options, prompts, run.shape.n_layers, run.shape.n_heads)
+
+
+def open_wic(run: Run) -> WicStatistic:
+    """The probes of pairs of tokens drawn from any run, as if they were a word in two sentences."""
+    rows = run.tokens["row"].to_numpy()
+    starts = rows[np.random.default_rng(0).integers(0, len(rows), (24, 2))]
+    spans = np.stack([starts, starts + 1], axis=-1)
+    words = np.array([f"word{i % 6}" for i in range(24)])
+    items = WicItems(np.arange(24) % 5 < 2, words, spans, n_train=18, n_left_out=0, dev_split="dev")
+    held_out = hold_out_words(run, items, 1)
+    return WicStatistic(run.run_id, WicOptions(seeds=1), items, held_out, run.shape.n_layers + 1)
+
 
 STATISTICS: dict[str, Open] = {
     "lens": lambda run: LensStatistic.open(run, LensOptions(tokens="30")),
@@ -34,9 +93,21 @@ STATISTICS: dict[str, Open] = {
     "cka, tokens": lambda run: CkaStatistic.open(run, CkaOptions(samples="tokens_per_doc")),
     "neurons": lambda run: NeuronStatistic.open(run, NeuronOptions()),
     "attention": lambda run: AttentionStatistic.open(run, AttentionOptions()),
+    "attention, pattern": lambda run: AttentionStatistic.open(without(run, "attn_band"), AttentionOptions()),
     "attention, authors": lambda run: AttentionStatistic.open(run, AttentionOptions(variant="authors")),
     "norms": lambda run: NormsStatistic.open(run, NormsOptions(tokens="30")),
+    "ing, activations": open_ing,
+    "ing": open_ing_probes,
+    "subjoiner": open_subjoiner,
+    "wic": open_wic,
 }
+
+
+def without(run: Run, site: str) -> Run:
+    """The run as it would be if a site had not been captured."""
+    sites = {name: held for name, held in run.manifest.sites.items() if name != site}
+    return Run(run.store, replace(run.manifest, sites=sites))
+
 
 runs = given(
     lengths=st.lists(st.integers(1, 24), min_size=1, max_size=10).filter(lambda lengths: max(lengths) > 2),
@@ -55,7 +126,11 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lens, "_UNIT_TOKENS", 7)
     monkeypatch.setattr(neurons, "_UNIT_NEURONS", 5)
     monkeypatch.setattr(neurons, "_COLUMNS", 9)
+    monkeypatch.setattr("layerlake.analyze.ing_probes._UNIT_EXAMPLES", 50)
     monkeypatch.setattr(cka, "_GRAM_ROWS", 3)
+    monkeypatch.setattr("layerlake.analyze.subjoiner._WINDOW", 3)
+    monkeypatch.setattr(wic, "C_GRID", (1e-3,))
+    monkeypatch.setattr(wic, "FEATURES", ("interaction", "cosine"))
     monkeypatch.setattr("layerlake.analyze.readout._COLUMNS", 9)
 
 
@@ -134,7 +209,7 @@ def test_units_read_what_they_declare(
     run = make_run(lengths=(20, 24, 18, 24), context=24, partition_tokens=64)
     statistic = STATISTICS[name](run)
     read: list[str] = []
-    array, weight = Run.array, Run.weight_array
+    array, weight, bands = Run.array, Run.weight_array, Run.read_attn_band
 
     def recorded_array(run: Run, site: str) -> Any:
         read.append(site)
@@ -144,6 +219,11 @@ def test_units_read_what_they_declare(
         read.append(name)
         return weight(run, name)
 
+    def recorded_bands(run: Run, partition: Partition, **given: Any) -> Any:
+        read.extend(["attn_band"] * run.shape.n_layers)  # which lie in one object
+        return bands(run, partition, **given)
+
+    monkeypatch.setattr(Run, "read_attn_band", recorded_bands)
     monkeypatch.setattr(Run, "array", recorded_array)
     monkeypatch.setattr(Run, "weight_array", recorded_weight)
     for unit in statistic.units():

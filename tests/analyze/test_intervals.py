@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from layerlake.analyze import intervals
-from layerlake.analyze.intervals import bootstrap_sums, jackknife_interval, percentile_interval, ratio
+from layerlake.analyze.intervals import (
+    bootstrap_sums,
+    crossed_bootstrap,
+    jackknife_interval,
+    percentile_interval,
+    ratio,
+    wilson_interval,
+)
 
 
 def test_bootstrap_sums_are_sums_over_drawn_documents(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,3 +51,25 @@ def test_jackknife_of_a_mean_is_students_t() -> None:
 
 def test_ratio_has_nan_for_nothing() -> None:
     np.testing.assert_array_equal(ratio([1.0, 1.0], [2.0, 0.0]), [0.5, np.nan])
+
+
+def test_crossed_bootstrap_draws_seeds_and_items() -> None:
+    rng = np.random.default_rng(1)
+    by_seed, by_item = rng.normal(size=(4, 1)), rng.normal(size=60)
+    means = crossed_bootstrap(np.stack([by_seed + by_item, np.broadcast_to(by_item, (4, 60))]))
+    assert means.shape == (1000, 2)
+    np.testing.assert_allclose(
+        means.mean(axis=0), [by_seed.mean() + by_item.mean(), by_item.mean()], atol=0.05
+    )
+    expected = np.hypot(by_seed.std() / 2, by_item.std() / np.sqrt(60)), by_item.std() / np.sqrt(60)
+    np.testing.assert_allclose(means.std(axis=0), expected, rtol=0.1)
+    np.testing.assert_array_equal(
+        means, crossed_bootstrap(np.stack([by_seed + by_item, by_item + 0 * by_seed]))
+    )
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 5), (3, 7), (638, 638), (301, 638)])
+def test_wilson_is_scipy_s(k: int, n: int) -> None:
+    (lo,), (hi,) = wilson_interval(np.array([k / n]), n)
+    expected = binomtest(k, n).proportion_ci(method="wilson")
+    assert (lo, hi) == pytest.approx((expected.low, expected.high), abs=1e-12)

@@ -28,6 +28,8 @@ from layerlake.catalog.run import Run
 MADE = datetime(2024, 6, 19, 12, 0, tzinfo=UTC)
 LENGTHS = (20, 30, 24, 19)  # some queries have 17 tokens before them
 FIGURES = 6
+ANY_TEXT = [name for name in ANALYSES if name not in ("subjoiner", "wic", "ing")]
+"""What a run of random tokens can answer: the others need words, or a task."""
 
 MakeRun = Callable[..., Run]
 
@@ -101,7 +103,7 @@ def test_one_page_has_all_figures_and_what_they_come_from(lake: Lake, run: Run) 
     assert [div["data-spec"] for div in page.of("div") if "data-spec" in div] == [
         script["id"] for script in page.of("script") if "id" in script
     ]
-    for analysis in ANALYSES:
+    for analysis in ANY_TEXT:
         assert f"layerlake analyze {lake.url} {analysis}\n" in page.words
     assert f"layerlake report {lake.url} -o report.html" in page.words
     manifest = run.manifest
@@ -113,7 +115,7 @@ def test_one_page_has_all_figures_and_what_they_come_from(lake: Lake, run: Run) 
     assert str(manifest.captures[0]["capture_id"]) in page.words
     assert "2024-06-19 12:00 UTC" in page.words
     assert "arXiv 2406.19384" in page.words
-    assert "has not been analysed" not in page.words
+    assert page.words.count("has not been analysed") == len(ANALYSES) - len(ANY_TEXT)
     assert "has grown" not in page.words
     rows = [row for spec in page.specs for rows in spec["datasets"].values() for row in rows]
     assert not any({"row", "unit"} & row.keys() for row in rows)  # nothing per token or per neuron
@@ -167,7 +169,7 @@ def test_a_run_that_lacks_an_analysis_is_named_with_the_command(lake: Lake, othe
     run_analysis(lake, "lens", runs=["second"], scheduler="synchronous")
     words = Page(build_report(lake, made=MADE)).words
     assert words.count("second has not been analysed for this.") == len(ANALYSES) - 1
-    assert "first has not been analysed" not in words
+    assert words.count("first has not been analysed") == len(ANALYSES) - len(ANY_TEXT)
     assert f"layerlake analyze {lake.url} cka --run {other.run_id}" in words
     assert f"layerlake analyze {lake.url} lens --run {other.run_id}" not in words
     assert "Activations of first and second" in words
@@ -176,7 +178,7 @@ def test_a_run_that_lacks_an_analysis_is_named_with_the_command(lake: Lake, othe
 def test_a_run_that_lacks_a_site_is_told_which(make_run: MakeRun) -> None:
     lake = Lake(make_run(sites=["resid", "mlp_out"]).store.url)
     words = Page(build_report(lake, made=MADE)).words
-    assert "(with --sites pattern)" in words
+    assert "(with --sites attn_band)" in words
     assert "(with --sites attn_out)" in words
 
 
@@ -186,7 +188,7 @@ def test_a_finding_that_its_run_has_outgrown_says_so(lake: Lake, run: Run) -> No
     sites = {name: (*held, further.index) for name, held in run.manifest.sites.items()}
     rename(run, partitions=(*run.manifest.partitions, further), sites=sites)
     words = Page(build_report(Lake(lake.url), made=MADE)).words
-    assert words.count("first has grown since this was computed.") == len(ANALYSES) - 1  # weights do not grow
+    assert words.count("first has grown since this was computed.") == len(ANY_TEXT) - 1  # weights do not grow
 
 
 def test_each_set_of_parameters_has_its_figures_and_its_command(lake: Lake) -> None:

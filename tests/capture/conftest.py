@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from layerlake.capture.execute import capture_run
-from layerlake.capture.plan import CaptureSpec
+from layerlake.capture.spec import CaptureSpec
 from layerlake.catalog.run import Run
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -198,6 +201,18 @@ def make_spec(model_path: Callable[[str], Path], text_path: Path) -> Callable[..
         return CaptureSpec(**given | {"batch_tokens": 128} | options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def slowed() -> ModuleType:
+    """The script beside this file that captures in processes of their own: tests are no package."""
+    spec = importlib.util.spec_from_file_location("slowed", Path(__file__).with_name("slowed.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["slowed"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclass(frozen=True)

@@ -1,225 +1,99 @@
-"""Text from files of every kind becomes documents; what is no text is a clear error."""
+"""Text becomes documents: every one stored, cut, or refused with the reason; as windows too, and in any steps."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
-from layerlake.capture.corpus import encode_corpus, open_corpus, resolve_bos
+from layerlake.capture.corpus import TextCorpus, encode_corpus, open_corpus
+from layerlake.capture.encoder import TextEncoder
+from layerlake.capture.execute import capture_run
 from layerlake.capture.placement import EncodedDocument
-from layerlake.catalog.errors import CorpusError
+from layerlake.capture.plan import plan_capture
+from layerlake.capture.rows import Rows, open_rows
+from layerlake.capture.spec import CaptureSpec, complete_spec
+from layerlake.catalog.errors import CorpusError, PlanError
 
-TEXTS = ["one fox", "two\nfoxes", "three lazy dogs"]
-
-
-def texts(path: Path, **options: Any) -> list[str]:
-    return [text for _, text in open_corpus(str(path), **options).texts()]
-
-
-@pytest.mark.parametrize(
-    ("sample_by", "expected"),
-    [
-        ("paragraph", TEXTS),
-        ("line", ["one fox", "", "two", "foxes", "", "three lazy dogs"]),
-        ("file", ["one fox\n\ntwo\nfoxes\n\nthree lazy dogs"]),
-    ],
-)
-def test_a_text_file_by_paragraph_line_or_file(tmp_path: Path, sample_by: str, expected: list[str]) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(TEXTS))
-    assert texts(path, sample_by=sample_by) == expected
+BOS = 0
+Encode = Callable[..., list[EncodedDocument]]
 
 
-def _write_stream(path: Path, table: pa.Table) -> None:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
+class Characters:
+    """Stands for a tokenizer: a character is a token, its number that of the character."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
 
 
-def _write_file(path: Path, table: pa.Table) -> None:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
+class Texts:
+    """Stands for a streaming dataset with the column ``text``."""
+
+    column_names = ("text",)
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+
+    def skip(self, n: int) -> Texts:
+        return Texts(self.texts[n:])
+
+    def __iter__(self) -> Any:
+        return ({"text": text} for text in self.texts)
 
 
-def _write_lines(path: Path, table: pa.Table) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+def corpus_of(texts: Sequence[str], *, pack: bool = False, shuffle_buffer: int = 0) -> TextCorpus:
+    return TextCorpus(Rows("t", {}, lambda: Texts(texts), shuffle_buffer, seed=1), pack=pack)
 
 
-WRITERS: dict[str, tuple[str, Callable[[Path, pa.Table], None]]] = {
-    "jsonl": ("rows.jsonl", _write_lines),
-    "parquet": ("rows.parquet", lambda path, table: pq.write_table(table, path)),
-    "arrow-stream": ("rows.arrow", _write_stream),
-    "arrow-file": ("rows.arrow", _write_file),
-}
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_table_s_rows_are_documents(tmp_path: Path, kind: str) -> None:
-    name, write = WRITERS[kind]
-    write(tmp_path / name, pa.table({"id": [0, 1, 2], "text": TEXTS, "body": ["a", None, "c"]}))
-    assert texts(tmp_path / name) == TEXTS
-    assert texts(tmp_path / name, text_column="body") == ["a", "", "c"]  # null is an empty text
-    sources = [source for source, _ in open_corpus(str(tmp_path / name)).texts(skip=1)]
-    assert sources == [f"{name}#1", f"{name}#2"]
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_missing_column_lists_the_columns(tmp_path: Path, kind: str) -> None:
-    name, write = WRITERS[kind]
-    write(tmp_path / name, pa.table({"id": [0], "body": ["a"]}))
-    with pytest.raises(CorpusError, match="no column 'text'; it has id, body") as caught:
-        open_corpus(str(tmp_path / name))
-    assert "--text-column" in caught.value.hint
-    with pytest.raises(CorpusError, match=r"Did you mean 'body'\?"):
-        open_corpus(str(tmp_path / name), text_column="bodyy")
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_column_that_holds_no_text_is_refused(tmp_path: Path, kind: str) -> None:
-    name, write = WRITERS[kind]
-    write(tmp_path / name, pa.table({"id": [0], "words": [["a", "b"]], "body": ["a"]}))
-    for column, held in (("id", "int"), ("words", "list")):
-        with pytest.raises(CorpusError, match=f"holds a {held} in column '{column}'"):
-            texts(tmp_path / name, text_column=column)
-
-
-@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.parquet", "empty.arrow"])
-def test_an_empty_file_is_said_to_be_empty(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).touch()
-    with pytest.raises(CorpusError, match="is empty"):
-        open_corpus(str(tmp_path / name))
-
-
-def test_a_file_of_blank_lines_is_empty(tmp_path: Path) -> None:
-    (tmp_path / "blank.jsonl").write_text("\n\n")
-    (tmp_path / "blank.txt").write_text("\n\n\n\n")
-    for name in ("blank.jsonl", "blank.txt"):
-        with pytest.raises(CorpusError, match=r"is empty|cannot be read"):
-            texts(tmp_path / name)
-
-
-def test_what_is_not_utf_8_is_an_error_of_the_corpus(tmp_path: Path) -> None:
-    (tmp_path / "latin.txt").write_bytes("déjà vu\n\nencore".encode("latin-1"))
-    with pytest.raises(CorpusError, match=r"latin\.txt' cannot be read.*utf-8"):
-        open_corpus(str(tmp_path / "latin.txt"))
-
-
-def test_a_fault_far_into_the_file_is_too(tmp_path: Path) -> None:
-    """The first rows are fine, so that opening finds nothing wrong."""
-    path = tmp_path / "long.txt"
-    path.write_bytes(b"a fox and a dog\n" * 900_000 + b"\xff\n")  # datasets reads 10 MB at a time
-    corpus = open_corpus(str(path), sample_by="line")
-    with pytest.raises(CorpusError, match=r"long\.txt' cannot be read"):
-        list(corpus.texts())
-
-
-def test_broken_json_and_parquet_are_errors_of_the_corpus(tmp_path: Path) -> None:
-    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
-    for name in ("broken.jsonl", "broken.parquet"):
-        with pytest.raises(CorpusError, match="cannot be read"):
-            texts(tmp_path / name)
-
-
-def test_folders_unknown_formats_and_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="is a folder") as folder:
-        open_corpus(str(tmp_path))
-    assert "Name one file" in folder.value.hint
-    (tmp_path / "text.docx").write_text("text")
-    with pytest.raises(CorpusError, match="not a dataset file") as unknown:
-        open_corpus(str(tmp_path / "text.docx"))
-    assert ".jsonl" in unknown.value.hint
-    for missing in (tmp_path / "no.txt", tmp_path / "nothing", Path("no.jsonl")):
-        with pytest.raises(CorpusError, match="does not exist"):
-            open_corpus(str(missing))
-    (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(CorpusError, match="'sentence'") as split:
-        open_corpus(str(tmp_path / "a.txt"), sample_by="sentence")
-    assert "paragraph, line or file" in split.value.hint
-
-
-def test_the_fingerprint_follows_the_content_and_every_option(tmp_path: Path) -> None:
-    for name, content in (("a.txt", "x\n\ny"), ("b.txt", "x\n\ny"), ("c.txt", "x\n\nz")):
-        (tmp_path / name).write_text(content)
-    (tmp_path / "a.jsonl").write_text('{"text": "a", "body": "b"}\n')
-
-    def fingerprint(name: str, **options: Any) -> dict[str, Any]:
-        return open_corpus(str(tmp_path / name), **options).fingerprint
-
-    assert fingerprint("a.txt") == fingerprint("b.txt") != fingerprint("c.txt")
-    assert fingerprint("a.txt") != fingerprint("a.txt", sample_by="line")
-    assert fingerprint("a.jsonl") != fingerprint("a.jsonl", text_column="body")
-    assert fingerprint("a.jsonl") == fingerprint("a.jsonl", text_column="text", sample_by="line")
-
-
-@pytest.mark.parametrize(
-    ("special", "choice", "bos"),
-    [
-        ({"bos_token": "<|end|>", "eos_token": "a"}, "auto", 0),
-        ({"eos_token": "<|end|>"}, "auto", 0),
-        ({}, "auto", None),
-        ({"bos_token": "<|end|>"}, "none", None),
-        ({"bos_token": "<|end|>"}, "7", 7),
-        ({"bos_token": "<|beyond the model|>", "eos_token": "<|end|>"}, "auto", 0),
-        ({"bos_token": "<|beyond the model|>"}, "auto", None),
-    ],
-)
-def test_what_begins_a_document(
-    make_tokenizer: Callable[..., transformers.PreTrainedTokenizerFast],
-    special: dict[str, str],
-    choice: str,
-    bos: int | None,
-) -> None:
-    tokenizer = make_tokenizer(**special)
-    assert resolve_bos(choice, tokenizer, n_vocab=300) == bos
-
-
-@pytest.mark.parametrize("choice", ["300", "-1", "BOS", "", "1.5", "²"])
-def test_what_cannot_begin_a_document_is_refused(
-    tokenizer: transformers.PreTrainedTokenizerFast, choice: str
-) -> None:
-    with pytest.raises(CorpusError, match="is not a BOS") as caught:
-        resolve_bos(choice, tokenizer, n_vocab=300)
-    assert "below 300" in caught.value.hint
-
-
-@pytest.fixture
 def encode(
-    tmp_path: Path, tokenizer: transformers.PreTrainedTokenizerFast
-) -> Callable[..., list[EncodedDocument]]:
-    """Encode paragraphs of 5, 0, 2, 8, 1 and 6 tokens (each "!" is one), BOS not counted."""
-    lines = [json.dumps({"text": "!" * n}) for n in (5, 0, 2, 8, 1, 6)]
-    (tmp_path / "t.jsonl").write_text("\n".join(lines))
-    corpus = open_corpus(str(tmp_path / "t.jsonl"))
-
-    def call(**options: Any) -> list[EncodedDocument]:
-        given = {"bos": 0, "context": 100, "min_tokens": 3, "max_tokens": None, "n_vocab": 400}
-        return list(encode_corpus(corpus, tokenizer, **given | options))
-
-    return call
+    corpus: TextCorpus,
+    *,
+    bos: int | None = BOS,
+    context: int = 100,
+    min_tokens: int = 3,
+    **extent: Any,
+) -> list[EncodedDocument]:
+    characters: Any = Characters()
+    return list(encode_corpus(corpus, TextEncoder(characters, bos, context, min_tokens, 400), **extent))
 
 
-def test_bos_counts(encode: Callable[..., list[EncodedDocument]]) -> None:
-    documents = encode()
+def shown(documents: Sequence[EncodedDocument]) -> list[tuple[str, str, str | None]]:
+    """Sources, tokens (BOS as |) and refusal."""
+    return [
+        (
+            " ".join(document.sources),
+            "".join(chr(token or ord("|")) for token in document.token_ids),
+            document.refusal,
+        )
+        for document in documents
+    ]
+
+
+FIVE = corpus_of(["aaaaa", "", "bb", "cccccccc", "d", "eeeeee"])
+
+
+def test_bos_counts() -> None:
+    documents = encode(FIVE)
     assert [len(d.token_ids) for d in documents] == [6, 0, 3, 9, 0, 7]
-    assert all(d.token_ids[0] == 0 for d in documents if d.refusal is None)
+    assert all(d.token_ids[0] == BOS for d in documents if d.refusal is None)
     assert [d.n_source_tokens for d in documents] == [6, 1, 3, 9, 2, 7]
-    assert [len(d.token_ids) for d in encode(bos=None)] == [5, 0, 0, 8, 0, 6]
+    assert [len(d.token_ids) for d in encode(FIVE, bos=None)] == [5, 0, 0, 8, 0, 6]
+    assert [d.sources for d in documents] == [(f"t#{i}",) for i in range(6)]
 
 
-def test_short_documents_are_refused_with_the_reason(encode: Callable[..., list[EncodedDocument]]) -> None:
-    assert encode()[4].refusal == "2 tokens, fewer than --min-tokens 3"
-    assert [d.refusal is None for d in encode(min_tokens=7)] == [False, False, False, True, False, True]
+def test_short_texts_are_refused_with_the_reason() -> None:
+    assert encode(FIVE)[4].refusal == "2 tokens, fewer than --min-tokens 3"
+    assert [d.refusal is None for d in encode(FIVE, min_tokens=7)] == [False, False, False, True, False, True]
 
 
-def test_long_documents_are_cut(encode: Callable[..., list[EncodedDocument]]) -> None:
-    documents = encode(context=7)
+def test_long_texts_are_cut() -> None:
+    documents = encode(FIVE, context=7)
     assert [len(d.token_ids) for d in documents] == [6, 0, 3, 7, 0, 7]
     assert documents[3].n_source_tokens == 9
 
@@ -228,36 +102,265 @@ def test_long_documents_are_cut(encode: Callable[..., list[EncodedDocument]]) ->
     ("max_tokens", "n_documents"),
     [(5, 0), (6, 2), (8, 2), (9, 3), (17, 3), (18, 5), (24, 5), (25, 6), (99, 6)],
 )
-def test_max_tokens_stops_at_the_last_whole_document(
-    encode: Callable[..., list[EncodedDocument]], max_tokens: int, n_documents: int
-) -> None:
-    documents = encode(max_tokens=max_tokens)
+def test_max_tokens_stops_at_the_last_whole_document(max_tokens: int, n_documents: int) -> None:
+    documents = encode(FIVE, max_tokens=max_tokens)
     assert len(documents) == n_documents
     assert sum(len(d.token_ids) for d in documents) <= max_tokens
 
 
-def test_a_tokenizer_of_another_model_is_found_out(encode: Callable[..., list[EncodedDocument]]) -> None:
-    with pytest.raises(CorpusError, match="the tokenizer does not belong to the model"):
-        encode(n_vocab=1)
+def test_texts_are_joined_in_full_windows() -> None:
+    texts = ["abcd", "efg", "hijklmnop", "q", "rst"]
+    assert shown(encode(corpus_of(texts, pack=True), context=6)) == [
+        ("t#0 t#1", "|abcd|", None),  # the BOS of the next text ends the window
+        ("t#1 t#2", "|efg|h", None),
+        ("t#2", "|ijklm", None),
+        ("t#3", "", "2 tokens, fewer than --min-tokens 3"),
+        ("t#2 t#4", "|nop|r", None),
+        ("t#4", "", "3 tokens left at the end, no full window of 6"),
+    ]
+    assert shown(encode(corpus_of(texts, pack=True), context=6, bos=None, min_tokens=2)) == [
+        ("t#0 t#1", "abcdef", None),
+        ("t#1 t#2", "ghijkl", None),
+        ("t#3", "", "1 tokens, fewer than --min-tokens 2"),
+        ("t#2 t#4", "mnoprs", None),
+        ("t#4", "", "1 tokens left at the end, no full window of 6"),
+    ]
+    # a text that ends with its window leaves no seam, and nothing to refuse
+    assert shown(encode(corpus_of(["abcde", "fghij"], pack=True), context=6)) == [
+        ("t#0", "|abcde", None),
+        ("t#1", "|fghij", None),
+    ]
 
 
-def test_a_local_file_is_nobody_else_s_business(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``datasets`` counts the files it opens at its maker's; offline, that alone takes seconds."""
-    asked: list[object] = []
-    monkeypatch.setattr("socket.getaddrinfo", lambda *given, **_: asked.append(given))
-    monkeypatch.setattr("datasets.load.get_session", lambda: asked.append("a session"))
-    (tmp_path / "text.txt").write_text("a fox\n\na dog")
-    assert texts(tmp_path / "text.txt") == ["a fox", "a dog"]
-    assert asked == []
+TEXTS = st.lists(st.text("abcdefg", max_size=12), max_size=12)
 
 
-def test_a_hub_dataset_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: Any, **__: Any) -> None:
-        raise OSError("no route to host\nand more")
+@given(TEXTS, st.integers(2, 9), st.booleans())
+def test_windows_hold_every_token_once(texts: list[str], context: int, has_bos: bool) -> None:
+    """Written out token by token: what the windows hold, and from where."""
+    bos = BOS if has_bos else None
+    opening = [bos] if bos is not None else []
+    documents = encode(corpus_of(texts, pack=True), context=context, bos=bos, min_tokens=2)
+    expected, window, sources = [], list(opening), set[str]()
+    for number, text in enumerate(texts):
+        tokens = [*opening, *map(ord, text)]
+        if len(tokens) < 2:
+            continue
+        for token in tokens if sources else tokens[len(opening) :]:
+            window.append(token)
+            sources.add(f"t#{number}")
+            if len(window) == context:
+                expected.append((window, sources))
+                window, sources = list(opening), set()
+    windows = [document for document in documents if document.refusal is None]
+    assert [(d.token_ids.tolist(), set(d.sources)) for d in windows] == expected
+    assert all(d.n_source_tokens == context for d in windows)
 
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
-    with pytest.raises(
-        CorpusError, match=r"neither a local file nor .* from the hub: no route to host$"
-    ) as caught:
-        open_corpus("roneneldan/TinyStories")
-    assert "local txt" in caught.value.hint
+    # and what is not in them is accounted for: too short, or left over at the end
+    refused = [document for document in documents if document.refusal is not None]
+    short = [f"t#{i}" for i, text in enumerate(texts) if len(opening) + len(text) < 2]
+    assert [d.sources for d in refused if "min-tokens" in str(d.refusal)] == [(source,) for source in short]
+    left = [d for d in refused if "left at the end" in str(d.refusal)]
+    assert [(set(d.sources), d.n_source_tokens) for d in left] == (
+        [(sources, len(window))] if sources else []
+    )
+    assert left == documents[len(documents) - len(left) :]
+    assert len(windows) + len(short) + len(left) == len(documents)
+    assert all(not len(document.token_ids) for document in refused)
+
+
+@given(
+    TEXTS,
+    st.booleans(),
+    st.integers(0, 5),
+    st.integers(2, 9),
+    st.lists(st.integers(0, 100), max_size=4),
+)
+def test_any_steps_give_the_documents_of_one_go(
+    texts: list[str], pack: bool, shuffle_buffer: int, context: int, limits: list[int]
+) -> None:
+    """As a run is extended: each step skips the document rows that are there, and has what is left of the budget."""
+    corpus = corpus_of(texts, pack=pack, shuffle_buffer=shuffle_buffer)
+    whole = shown(encode(corpus, context=context))
+    for skip in range(len(whole) + 2):
+        assert shown(encode(corpus, context=context, skip=skip)) == whole[skip:]
+    there: list[EncodedDocument] = []
+    for limit in [*sorted(limits), None]:
+        left = None if limit is None else limit - sum(len(d.token_ids) for d in there)
+        there += encode(corpus, context=context, max_tokens=left, skip=len(there))
+        assert limit is None or shown(there) == shown(encode(corpus, context=context, max_tokens=limit))
+    assert shown(there) == whole
+
+
+def test_every_row_is_a_document_whatever_the_order(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"text": chr(97 + i) * (i + 1)}) + "\n" for i in range(20)))
+    corpus = TextCorpus(open_rows(str(path), shuffle_buffer=6, seed=3))
+    documents = encode(corpus, context=12)
+    assert sorted(d.sources[0] for d in documents) == sorted(f"t.jsonl#{i}" for i in range(20))
+    for document in documents:
+        number = int(document.sources[0].rpartition("#")[2])
+        assert document.n_source_tokens == number + 2
+        assert document.token_ids.tolist() == ([BOS] + [97 + number] * min(11, number + 1) if number else [])
+    assert [d.sources for d in encode(corpus, context=12, skip=7)] == [d.sources for d in documents[7:]]
+
+
+def test_a_missing_text_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "abc"}\n{"text": null}\n{"more": 1}\n')
+    corpus = TextCorpus(open_rows(str(tmp_path / "t.jsonl")))
+    assert [text for _, text in corpus.texts()] == ["abc", "", ""]
+
+
+def test_a_missing_column_lists_the_columns(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"id": 0, "body": "a"}\n')
+    rows = open_rows(str(tmp_path / "t.jsonl"))
+    with pytest.raises(CorpusError, match="no column 'text'; it has id, body") as caught:
+        next(TextCorpus(rows).texts())
+    assert "--text-column" in caught.value.hint
+    with pytest.raises(CorpusError, match=r"Did you mean 'body'\?"):
+        next(TextCorpus(rows, "bodyy").texts())
+
+
+@pytest.mark.parametrize(("column", "held"), [("id", "int"), ("words", "list")])
+def test_a_column_that_holds_no_text_is_refused(tmp_path: Path, column: str, held: str) -> None:
+    (tmp_path / "t.jsonl").write_text('{"id": 0, "words": ["a", "b"], "body": "a"}\n')
+    with pytest.raises(CorpusError, match=f"t.jsonl#0 holds a {held} in column '{column}'"):
+        next(TextCorpus(open_rows(str(tmp_path / "t.jsonl")), column).texts())
+
+
+def test_a_spec_s_options_reach_the_documents(
+    tmp_path: Path, tokenizer: transformers.PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"text": "!" * i, "body": "?" * i}) + "\n" for i in range(9)))
+
+    def lengths(**options: Any) -> list[int]:
+        corpus = open_corpus(CaptureSpec(model="m", dataset=path, **options))
+        encoder = TextEncoder(tokenizer, BOS, 8, 2, 400)
+        return [document.n_source_tokens for document in encode_corpus(corpus, encoder)]
+
+    assert lengths() == [1, 2, 3, 4, 5, 6, 7, 8, 9] == lengths(text_column="body")
+    shuffled = lengths(shuffle_buffer=4, seed=2)
+    assert sorted(shuffled) == lengths() != shuffled != lengths(shuffle_buffer=4)
+    # 36 tokens of text and 7 BOS between them, in windows that have room for 7; the text of none is refused
+    assert lengths(pack="concat") == [1, *[8] * 6, 1 + 43 - 42]
+
+
+def test_every_option_that_decides_what_documents_there_are_is_in_the_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a", "body": "b"}\n')
+
+    def fingerprint(**options: Any) -> str:
+        return json.dumps(
+            open_corpus(CaptureSpec(model="m", dataset=path, **options)).fingerprint, sort_keys=True
+        )
+
+    different: list[dict[str, Any]] = [
+        {},
+        {"text_column": "body"},
+        {"pack": "concat"},
+        {"shuffle_buffer": 5},
+        {"shuffle_buffer": 6},
+        {"shuffle_buffer": 5, "seed": 1},
+        {"shuffle_buffer": 5, "pack": "concat"},
+    ]
+    assert len({fingerprint(**options) for options in different}) == len(different)
+    assert fingerprint(text_column="text", shuffle_buffer=0) == fingerprint()
+
+
+def spec(**options: Any) -> CaptureSpec:
+    return complete_spec(CaptureSpec(model="m", **options))
+
+
+def test_a_preset_stands_in_for_what_is_not_given() -> None:
+    paper = {"min_tokens": 64, "context": 512, "shuffle_buffer": 10_000, "seed": 0, "max_tokens": 1_024_000}
+    plain = spec(dataset="t.txt")
+    assert (plain.min_tokens, plain.context, plain.shuffle_buffer, plain.max_tokens) == (3, None, None, None)
+    # the preset is a name for its options and no more: spelt out, they are the same run
+    assert spec(dataset="t.txt", preset="paper") == spec(dataset="t.txt", **paper)
+    given_ones = {"context": 128, "seed": 4, "max_tokens": "20k"}
+    assert spec(dataset="t.txt", preset="paper", **given_ones) == spec(dataset="t.txt", **paper | given_ones)
+    assert spec(dataset="t.txt", preset="paper", shuffle_buffer=1).shuffle_buffer == 1
+    once = spec(dataset="t.txt", preset="paper")
+    assert complete_spec(once) == once
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        ({"preset": "papper"}, "no preset 'papper'. Did you mean 'paper'?", "paper"),
+        ({"pack": "cat"}, "no pack 'cat'", "concat"),
+        ({"task": "wik"}, "no task 'wik'. Did you mean 'wic'?", "hellaswag, lambada"),
+        (
+            {"task": "wic", "pack": "concat"},
+            "--pack is for text, and the items of wic are prompts",
+            "or --task",
+        ),
+        ({"task": "wic", "preset": "paper"}, "--preset is for text", "or --task"),
+        ({"task": "wic", "text_column": "a"}, "--text-column is for text", "or --task"),
+        ({"task": "wic", "min_tokens": 5}, "--min-tokens is for text", "or --task"),
+        (
+            {"split": "train=a.jsonl"},
+            "names the files of a task, and there is no --task",
+            "--task is one of wic",
+        ),
+        ({"pack": "concat", "min_tokens": 1}, "cannot be packed", "2"),
+        ({"pack": "concat", "context": 1}, "cannot be packed", "2"),
+        ({"seed": 3}, "--seed 3 draws nothing", "--shuffle-buffer"),
+        ({"shuffle_buffer": 0}, "--shuffle-buffer must be positive, not 0", ""),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_that_contradict_each_other_are_refused(
+    options: dict[str, Any], message: str, hint: str
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        spec(dataset="t.txt", **options)
+    assert message in str(caught.value)
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("options", [{"shuffle_buffer": 4, "seed": 1}, {"pack": "concat"}, {"min_tokens": 4}])
+def test_every_such_option_makes_another_run(
+    make_spec: Callable[..., CaptureSpec], options: dict[str, Any]
+) -> None:
+    assert plan_capture(make_spec(**options)).run_id != plan_capture(make_spec()).run_id
+
+
+def test_a_packed_run_in_a_lake_goes_on_where_it_stopped(
+    make_spec: Callable[..., CaptureSpec], tmp_path: Path
+) -> None:
+    lake = tmp_path / "lake"
+    run = None
+    for max_tokens in (50, 100, None):
+        run = capture_run(
+            lake, make_spec(pack="concat", context=24, sites="resid", max_tokens=max_tokens, shuffle_buffer=5)
+        )
+    whole = capture_run(
+        tmp_path / "whole", make_spec(pack="concat", context=24, sites="resid", shuffle_buffer=5)
+    )
+    assert run is not None
+    assert run.run_id == whole.run_id
+    assert len(run.manifest.captures) == 3
+    told = ["document", "status", "reason", "sources", "n_tokens", "n_source_tokens"]
+    assert run.documents.select(told) == whole.documents.select(told)
+    assert run.tokens["token_id"] == whole.tokens["token_id"]
+    rows = run.documents.to_pylist()
+    assert {row["n_tokens"] for row in rows if row["status"] == "stored"} == {24}
+    assert [row["reason"] for row in rows if row["status"] == "refused"] == [
+        "2 tokens, fewer than --min-tokens 3",
+        f"{rows[-1]['n_source_tokens']} tokens left at the end, no full window of 24",
+    ]
+    assert {source for row in rows for source in row["sources"]} == {f"text.txt#{i}" for i in range(12)}
+    assert (
+        plan_capture(make_spec(pack="concat", context=24, sites="resid", shuffle_buffer=5), lake).frozen
+        is None
+    )
+
+
+def test_the_paper_s_preset_plans_without_text_too(make_spec: Callable[..., CaptureSpec]) -> None:
+    with pytest.raises(PlanError, match="512 tokens is more than the 48") as caught:
+        plan_capture(make_spec(preset="paper"))
+    assert "--context 48" in caught.value.hint
+    plan = plan_capture(CaptureSpec(model="openai-community/gpt2", preset="paper", sites="resid"))
+    assert plan.tokens.num_rows == 2000 * 512

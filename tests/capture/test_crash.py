@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-import os
+import json
+import logging
 import random
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from zarr.core.sync import sync
-from zarr.storage import LocalStore
 
-from layerlake.capture import execute, phases
+from layerlake.capture import execute, phases, pipeline, worker
 from layerlake.capture.execute import capture_run, execute_plan
-from layerlake.capture.frozen import FrozenPlan, PartitionWork
-from layerlake.capture.partition import run_partition
-from layerlake.capture.phases import read_open_capture, release_committed
-from layerlake.capture.plan import CaptureSpec, plan_capture
+from layerlake.capture.frozen import FrozenPlan
+from layerlake.capture.phases import begin_attempt, read_open_capture, release_committed
+from layerlake.capture.plan import plan_capture
+from layerlake.capture.spec import CaptureSpec
 from layerlake.catalog.errors import CaptureInProgress, LakeNotFound
 from layerlake.catalog.lake import Lake
 from layerlake.catalog.run import Run
@@ -87,9 +83,10 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: in
         (execute, "create_lake", 1),
         (execute, "write_model", 1),
         (execute, "init_capture", 1),
-        (execute, "run_partition", 2),
-        (execute, "write_partition", 2),
-        (execute, "write_ledger", 2),
+        (worker, "begin_attempt", 2),
+        (worker, "run_batch", 2),
+        (pipeline, "write_object", 20),
+        (worker, "write_ledger", 2),
         (execute, "finalise_capture", 1),
         (phases, "commit_manifest", 1),
     ],
@@ -124,18 +121,18 @@ def test_partitions_that_have_their_ledger_are_not_run_again(
     make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        crash_at(patch, execute, "run_partition", 3, after=False)
+        crash_at(patch, worker, "write_ledger", 2, after=True)
         with pytest.raises(Crash):
             capture_run(tmp_path, make_spec())
     ran: list[int] = []
 
-    def note(model: Any, manifest: Any, work: Any, *args: Any, **options: Any) -> Any:
-        ran.append(work.index)
-        return run_partition(model, manifest, work, *args, **options)
+    def note(store: Store, plan: FrozenPlan, index: int) -> int:
+        ran.append(index)
+        return begin_attempt(store, plan, index)
 
-    monkeypatch.setattr(execute, "run_partition", note)
+    monkeypatch.setattr(worker, "begin_attempt", note)
     told: list[tuple[str, int, int]] = []
-    run = capture_run(tmp_path, make_spec(), progress=lambda *state: told.append(state))
+    run = capture_run(tmp_path, make_spec(), progress=lambda *state, **_: told.append(state))
     assert ran == [p.index for p in run.manifest.partitions[2:]]
     assert told[0][0] == "self-check"
     done = [state[1] for state in told[1:]]
@@ -148,7 +145,7 @@ def test_another_capture_of_the_run_waits_for_the_open_one(
     make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        crash_at(patch, execute, "run_partition", 2, after=False)
+        crash_at(patch, worker, "run_batch", 2, after=False)
         with pytest.raises(Crash):
             capture_run(tmp_path, make_spec())
     before = contents(tmp_path)
@@ -173,12 +170,13 @@ def test_an_open_capture_fixes_the_geometry(
     """With the same documents in one partition, nothing else tells the two plans apart."""
     given = {"max_tokens": 60, "partition_tokens": None}
     with monkeypatch.context() as patch:
-        crash_at(patch, execute, "run_partition", 1, after=False)
+        crash_at(patch, worker, "run_batch", 1, after=False)
         with pytest.raises(Crash):
-            capture_run(tmp_path, make_spec(**given, max_memory="1GiB"))
-    run = capture_run(tmp_path, make_spec(**given, max_memory="2MiB"))
+            capture_run(tmp_path, make_spec(**given, max_memory="60MiB"))
+    assert plan_capture(make_spec(**given, max_memory="1GiB")).manifest.geometry.partition_tokens == 8192
+    run = capture_run(tmp_path, make_spec(**given, max_memory="1GiB"))
     rows = run.manifest.geometry.partition_tokens
-    assert rows == 8192
+    assert rows == 4096
     assert run.array("resid").shards == (1, rows, 32)
 
 
@@ -225,7 +223,7 @@ def test_a_reservation_that_is_held_is_not_released(
 ) -> None:
     run = capture_run(tmp_path, make_spec(sites="resid", max_tokens=100))
     with monkeypatch.context() as patch:
-        crash_at(patch, execute, "run_partition", 1, after=False)
+        crash_at(patch, worker, "run_batch", 1, after=False)
         with pytest.raises(Crash):
             capture_run(tmp_path, make_spec())
     store = Store(tmp_path)
@@ -248,24 +246,6 @@ def test_a_plan_that_was_overtaken_is_refused(make_spec: MakeSpec, tmp_path: Pat
     assert capture_run(tmp_path, make_spec(sites="resid")).manifest.number == 2
 
 
-def test_who_finalises_second_finds_it_done(make_run: MakeRun) -> None:
-    run = make_run()
-    plan = dataclasses.replace(_plan_of(run), manifest=_before(run))
-    assert plan.capture_id == run.manifest.captures[0]["capture_id"]
-    again = phases.finalise_capture(run.store, plan, provenance={"device": "another"})
-    assert again == run.manifest
-    assert run.store.list(f"runs/{run.run_id}/log") == ["00000001.json"]
-
-
-def _before(run: Run) -> Any:
-    return dataclasses.replace(run.manifest, number=0, parts={}, captures=())
-
-
-def _plan_of(run: Run) -> FrozenPlan:
-    work = tuple(PartitionWork(p.index, tuple(SITES), ()) for p in run.manifest.partitions)
-    return FrozenPlan(_before(run), work, adds_documents=True, n_threads=1)
-
-
 def test_it_may_die_at_any_object(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture of made-up values, cut off at each of its writes in turn, and finished by the next attempt."""
     whole = make_run(tmp_path / "whole")
@@ -282,8 +262,8 @@ def test_it_may_die_at_any_object(make_run: MakeRun, tmp_path: Path, monkeypatch
 
         return write
 
-    monkeypatch.setattr(Store, "_put", counting(Store._put))  # noqa: SLF001
-    monkeypatch.setattr(LocalStore, "set", counting(LocalStore.set))
+    for name in ("write", "create", "write_json"):
+        monkeypatch.setattr(Store, name, counting(getattr(Store, name)))
     for n_writes in range(1000):
         lake = tmp_path / f"lake-{n_writes}"
         n_left = n_writes
@@ -291,7 +271,6 @@ def test_it_may_die_at_any_object(make_run: MakeRun, tmp_path: Path, monkeypatch
             make_run(lake)
         except Crash:
             n_left = -2
-            sync(_settle())
         else:
             break
         if run_ids(lake):
@@ -303,48 +282,133 @@ def test_it_may_die_at_any_object(make_run: MakeRun, tmp_path: Path, monkeypatch
     assert n_writes > len(expected)
 
 
-async def _settle() -> None:
-    """Wait for the writes that zarr had under way beside the one that died: a killed process would have none."""
-    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+_log = logging.getLogger(__name__)
+LATENCY_S = 0.002
+N_WORDS = (7, 12, 3, 15, 0, 9, 15, 70, 5, 11, 8, 14)
+"""Of each paragraph, again and again: one is too short to be stored, one longer than the context."""
 
 
-def _kill_after(process: subprocess.Popen[bytes], seconds: float) -> None:
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+@dataclass
+class Killed:
+    """A capture that is killed again and again, and what it should come to."""
+
+    slowed: ModuleType
+    folder: Path
+    options: dict[str, Any]
+    lake: Path
+    n_paragraphs: int
+    whole: dict[str, bytes]
+    """What an uninterrupted capture leaves."""
+    n_operations: int
+    """What an uninterrupted capture asks of the store."""
+    n_kills: int = 0
+
+    def run(self, kill: dict[str, Any] | None = None) -> bool:
+        """Run the capture until it ends or is killed; tell whether it came to its end."""
+        process = self.slowed.start(
+            self.folder / "outcome.json", lake=str(self.lake), kill=kill,
+            attempts_path=str(self.folder / "attempts"), **self.options,
+        )  # fmt: skip
+        process.join(timeout=120)
+        assert process.exitcode in (0, -9), process.exitcode
+        self.n_kills += process.exitcode == -9
+        return bool(process.exitcode == 0)
+
+    def require_whole(self) -> None:
+        """Hold what is there in the end against the uninterrupted lake, and count (``pytest -rP`` shows it)."""
+        assert self.run()
+        run = Lake(self.lake).run()
+        found = contents(self.lake)
+        assert {name: found[name] for name in found if not name.endswith(".partial")} == self.whole
+        assert not [name for name in found if "/wip/" in name]
+        (entry,) = run.manifest.captures
+        assert "other_writers" not in entry
+
+        statuses = run.documents["status"].to_pylist()
+        assert len(statuses) == self.n_paragraphs
+        assert run.documents["document"].to_pylist() == list(range(self.n_paragraphs))
+        assert Counter(statuses) == {
+            "refused": N_WORDS.count(0) * self.n_paragraphs // len(N_WORDS),
+            "cut": N_WORDS.count(70) * self.n_paragraphs // len(N_WORDS),
+            "stored": 10 * self.n_paragraphs // len(N_WORDS),
+        }
+        reasons = run.documents["reason"].to_pylist()
+        assert all(reason for status, reason in zip(statuses, reasons, strict=True) if status != "stored")
+
+        n_partitions = len(run.manifest.partitions)
+        n_attempts = max(map(int, (self.folder / "attempts").read_text().split()))
+        _log.warning("%d kills, %d partitions, %d attempts", self.n_kills, n_partitions, n_attempts)
+        assert n_partitions >= 20
+        assert n_partitions <= n_attempts <= n_partitions + 2 * self.n_kills
 
 
 @pytest.fixture
-def command(make_spec: MakeSpec) -> list[str]:
-    spec = make_spec()
-    return [
-        sys.executable, "-m", "layerlake", "capture", "LAKE", "--model", os.fspath(spec.model),  # type: ignore[arg-type]
-        "--dataset", os.fspath(spec.dataset), "--dtype", "float32", "--partition-tokens", "96",
-        "--batch-tokens", "128",
-    ]  # fmt: skip
+def killed(slowed: ModuleType, model_path: Callable[[str], Path], tmp_path: Path) -> Killed:
+    """A capture of 24 partitions that is ready to be killed."""
+    paragraphs = [
+        " ".join(f"fox {i}" for _ in range(max(1, n))) if n else "a" for i in range(4) for n in N_WORDS
+    ]
+    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
+    options = {
+        "latency_s": LATENCY_S,
+        "spec": {
+            "model": str(model_path("gpt2")), "dataset": str(tmp_path / "text.txt"), "dtype": "float32",
+            "partition_tokens": 48, "batch_tokens": 96,
+        },
+    }  # fmt: skip
+    process = slowed.start(tmp_path / "outcome.json", lake=str(tmp_path / "whole"), **options)
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    n_operations = json.loads((tmp_path / "outcome.json").read_text())["n_operations"]
+    return Killed(
+        slowed,
+        tmp_path,
+        options,
+        tmp_path / "lake",
+        len(paragraphs),
+        contents(tmp_path / "whole"),
+        n_operations,
+    )
+
+
+def test_kill_9_and_again(killed: Killed) -> None:
+    """At six random moments, each within a sixth of the work, so that none comes too late."""
+    chance = random.Random(3)  # noqa: S311  # no secret
+    for _ in range(6):
+        count, delay = chance.randint(1, killed.n_operations // 6), chance.uniform(0, 2 * LATENCY_S)
+        assert not killed.run({"match": "", "count": count, "delay_s": delay})
+    killed.require_whole()
 
 
 @pytest.mark.slow
-def test_kill_9_and_again(
-    command: list[str], tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed at eleven moments, most of them while it writes; the twelfth attempt is left alone."""
-    chance = random.Random(0)  # noqa: S311  # no secret
-    lake = tmp_path / "lake"
-    command[command.index("LAKE")] = str(lake)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many as the capture that it is compared with
-    for _ in range(11):
-        began = set(lake.rglob("*")) if lake.exists() else set()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:  # until it writes
-            if lake.exists() and set(lake.rglob("*")) != began:
-                break
-            time.sleep(0.002)
-        _kill_after(process, chance.uniform(0, 0.05))
-        for run in Lake(lake).runs():
-            assert run.resid.to_numpy().any()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = {name: content for name, content in contents(lake).items() if not name.endswith(".partial")}
-    assert found == contents(uninterrupted)
+def test_kill_9_many_times_in_every_phase(killed: Killed) -> None:
+    """While the run is begun, over and over while it is written, and at each step of its end."""
+    chance = random.Random(4)  # noqa: S311  # no secret
+
+    def moments() -> Iterator[tuple[str, int]]:
+        for what in (
+            r"layerlake\.json",
+            r"weights\.zarr",
+            "vocab",
+            r"write_json .*open\.json",
+            "documents/",
+            "tokens/",
+        ):
+            yield what, 1
+        for what in (r"activations\.zarr", r"write_json .*plan\.json"):
+            yield what, 1
+        for _ in range(6):
+            yield "", chance.randint(1, 60)
+        for _ in range(14):
+            yield "", chance.randint(60, killed.n_operations // 20)
+        for what in (r"write_json .*attempts/", r"write_json .*ledgers/", "attn_band", r"exists .*ledgers/"):
+            yield what, chance.randint(1, 3)
+
+    for match, count in moments():
+        kill = {"match": match, "count": count, "delay_s": chance.uniform(0, 2 * LATENCY_S)}
+        killed.run(kill)
+    steps = (r"write .*/objects/", r"write_json .*/log/", r"delete .*plan\.json", r"delete .*wip/\w+$")
+    for what in (*steps, r"delete .*open\.json"):
+        killed.run({"match": what, "count": 1, "delay_s": chance.uniform(0, 2 * LATENCY_S)})
+    assert killed.n_kills >= 35
+    killed.require_whole()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 
 from layerlake.capture.execute import capture_run
-from layerlake.capture.plan import CaptureSpec, plan_capture
+from layerlake.capture.plan import plan_capture
+from layerlake.capture.spec import CaptureSpec
 from layerlake.catalog.errors import PlanError
 from layerlake.catalog.lake import Lake
+from layerlake.catalog.layout import object_name
 from layerlake.catalog.run import Run
 from layerlake.catalog.sites import SITES
 
@@ -28,7 +31,7 @@ def objects(lake: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def values(run: Run) -> dict[str, np.ndarray]:
-    return {site: getattr(run, site).to_numpy() for site in run.sites}
+    return {site: getattr(run, site).to_numpy() for site in run.sites if SITES[site].is_array}
 
 
 @pytest.fixture
@@ -66,12 +69,15 @@ def test_more_tokens_add_only_the_new_documents(make_spec: MakeSpec, lake: Path,
     new = capture_run(lake, make_spec())
     after = objects(lake)
     assert {name: after[name] for name in before} == before
-    added = {name for name in set(after) - set(before) if "/c/" in name}
+    added = {name for name in set(after) - set(before) if "/c/" in name or "/attn_band/" in name}
     first_new = old.manifest.partitions[-1].index + 1
-    assert {int(name.split("/")[-1 if "pattern" in name else -2]) for name in added} == set(
-        range(first_new, first_new + len(new.manifest.partitions) - 1)
-    )
     assert len(added) == sum(cost.n_objects for cost in plan.costs)
+    assert added == {
+        f"runs/{new.run_id}/{object_name(SITES[site], layer, partition.index)}"
+        for site in SITES
+        for layer in range(SITES[site].n_layers(new.shape))
+        for partition in new.manifest.partitions[first_new:]
+    }
 
     # a reader of the old snapshot is not disturbed
     for site, value in values(old).items():
@@ -79,8 +85,8 @@ def test_more_tokens_add_only_the_new_documents(make_spec: MakeSpec, lake: Path,
     assert old.documents.num_rows == 5
 
     # and the documents are those of one capture of everything
-    assert new.documents.select(["document", "status", "source", "n_tokens"]) == whole.documents.select(
-        ["document", "status", "source", "n_tokens"]
+    assert new.documents.select(["document", "status", "sources", "n_tokens"]) == whole.documents.select(
+        ["document", "status", "sources", "n_tokens"]
     )
     assert new.tokens["token_id"] == whole.tokens["token_id"]
     for site, value in values(new).items():
@@ -121,7 +127,9 @@ def test_another_site_adds_only_that_site_to_all_partitions(
     assert old.sites == ("resid",)
     assert new.manifest.parts["tokens"] == old.manifest.parts["tokens"]
     assert len(new.manifest.captures) == 2
-    assert new.objects.num_rows == sum(1 for name in after if "activations.zarr" in name)
+    assert new.objects.num_rows == sum(
+        1 for name in after if "activations.zarr" in name or "attn_band" in name
+    )
 
 
 def test_more_documents_and_another_site_at_once(make_spec: MakeSpec, lake: Path, whole: Run) -> None:
@@ -147,7 +155,7 @@ def test_a_run_keeps_its_geometry(make_spec: MakeSpec, lake: Path) -> None:
     with pytest.raises(PlanError, match="has partitions of 96 tokens, not 128") as caught:
         plan_capture(make_spec(partition_tokens=128), lake)
     assert "--partition-tokens" in caught.value.hint
-    grown = capture_run(lake, make_spec(sites="resid", partition_tokens=None, max_memory="1MiB"))
+    grown = capture_run(lake, make_spec(sites="resid", partition_tokens=None, max_memory="40MiB"))
     assert grown.manifest.geometry == run.manifest.geometry
 
 
@@ -159,3 +167,20 @@ def test_two_runs_share_a_model_and_nothing_else(make_spec: MakeSpec, lake: Path
     assert one.run_id != two.run_id
     assert len(Lake(lake).models()) == 1
     assert {name: item for name, item in objects(lake).items() if name in before} == before
+
+
+def test_refused_documents_belong_to_the_capture_that_passes_them(
+    make_spec: MakeSpec, lake: Path, tmp_path: Path
+) -> None:
+    """Those after the last one that fits too: so an extension never begins with nothing but refusals."""
+    text = tmp_path / "text.jsonl"
+    rows = ["the quick fox sees the lazy dog", "a", "b", "the lazy dog sees the quick fox", "c"]
+    text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    first = capture_run(lake, make_spec(dataset=text, max_tokens=8, sites="resid"))
+    assert first.documents["status"].to_pylist() == ["stored", "refused", "refused"]
+    again = capture_run(lake, make_spec(dataset=text, max_tokens=9, sites="resid"))
+    assert again.manifest == first.manifest
+    whole = capture_run(lake, make_spec(dataset=text, sites="resid"))
+    at_once = capture_run(tmp_path / "other", make_spec(dataset=text, sites="resid"))
+    assert whole.documents["document"].to_pylist() == [0, 1, 2, 3, 4]
+    assert whole.documents.select(["status", "sources"]) == at_once.documents.select(["status", "sources"])

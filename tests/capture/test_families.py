@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from layerlake.capture.execute import capture_run
-from layerlake.capture.plan import CaptureSpec
+from layerlake.capture.spec import CaptureSpec
 from layerlake.catalog.run import Run
 from layerlake.catalog.sites import SITES
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+ARRAYS = [name for name, site in SITES.items() if site.is_array]
 TOLERANCE = 5e-6
 """Relative to the largest value: Hugging Face in float32 is as far from Hugging Face in float64."""
 
@@ -35,7 +36,7 @@ def stored(run: Run, site: str) -> Array:
     return values
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", ARRAYS)
 def test_a_site_equals_what_hugging_face_computes(captured: Captured, site: str) -> None:
     values = stored(captured.run, site)
     for layer, expected in enumerate(captured.expected[site]):
@@ -143,7 +144,7 @@ def test_a_loaded_model_gives_the_same_values_and_stays_as_it_was(
     specials = tokenizer.special_tokens_map, tokenizer.padding_side
     spec = make_spec(model=model, tokenizer=tokenizer)
     run = capture_run(tmp_path / "lake", spec)
-    for site in SITES:
+    for site in ARRAYS:
         np.testing.assert_array_equal(stored(run, site), stored(captured.run, site))
     for weight in ("W_U", "b_U", "ln_final.w", "ln_final.b", "W_out", "b_out"):
         np.testing.assert_array_equal(run.weight(weight), captured.run.weight(weight))

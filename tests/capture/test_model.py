@@ -14,10 +14,12 @@ import pytest
 import torch
 import transformers
 
-from layerlake.capture.description import describe_model, slug, vocab_table
+from layerlake.capture.description import describe_model, slug
 from layerlake.capture.execute import capture_run
 from layerlake.capture.model import open_model
-from layerlake.capture.plan import CaptureSpec, plan_capture
+from layerlake.capture.plan import plan_capture
+from layerlake.capture.spec import CaptureSpec
+from layerlake.capture.vocabulary import vocab_table
 from layerlake.catalog.errors import AdapterMismatch, ModelError, SelfCheckFailed
 
 MakeModel = Callable[..., Any]
@@ -89,10 +91,17 @@ def test_what_is_no_causal_model_is_refused(folder: Path, config: dict[str, Any]
     assert config.get("architectures", [config["model_type"]])[0] in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"model_type": "never-heard-of"}'])
-def test_a_config_that_transformers_cannot_read(folder: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "config.json' is not JSON"),
+        ("{}", "no config that transformers reads"),
+        ('{"model_type": "never-heard-of"}', "no config that transformers reads"),
+    ],
+)
+def test_a_config_that_cannot_be_read(folder: Path, content: str, message: str) -> None:
     (folder / "config.json").write_text(content)
-    with pytest.raises(ModelError, match="no config that transformers reads"):
+    with pytest.raises(ModelError, match=message):
         describe_model(folder)
 
 
@@ -320,13 +329,16 @@ def test_a_hub_model_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_hub_model_s_digest_is_of_its_weights_alone(
     monkeypatch: pytest.MonkeyPatch, model_path: Callable[[str], Path]
 ) -> None:
-    """And nothing is fetched for it."""
+    """And nothing but the config is fetched for it."""
 
     def digest(**files: str | None) -> str:
         monkeypatch.setattr("huggingface_hub.HfApi.model_info", _hub(**files))
         config = transformers.AutoConfig.from_pretrained(model_path("gpt2"))
         with monkeypatch.context() as patch:
             patch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: config)
+            patch.setattr(
+                "huggingface_hub.hf_hub_download", lambda *_, **__: model_path("gpt2") / "config.json"
+            )
             described = describe_model("somebody/gpt2", tokenizer=str(model_path("gpt2")))
         assert (described.name, described.revision) == ("somebody/gpt2", "0123abcd")
         assert described.model_id.startswith("gpt2-")

@@ -13,13 +13,14 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerlake.capture import execute
 from layerlake.capture.description import describe_model
-from layerlake.capture.execute import capture_run
+from layerlake.capture.execute import capture_run, execute_plan, place_tokens
 from layerlake.capture.hooks import listen, pad, unpad
 from layerlake.capture.model import OpenModel, open_model
-from layerlake.capture.partition import run_partition
-from layerlake.capture.plan import CaptureSpec, plan_capture
+from layerlake.capture.partition import PartitionBuffer, run_batch
+from layerlake.capture.plan import plan_capture
+from layerlake.capture.spec import CaptureSpec
+from layerlake.capture.staging import Staging
 from layerlake.catalog.errors import OverflowInCapture
 from layerlake.catalog.lake import Lake
 from layerlake.catalog.run import Run
@@ -62,7 +63,7 @@ def test_listening_ends_with_the_block_even_if_it_raises(opened: OpenModel) -> N
     ids = torch.ones((1, 3), dtype=torch.int64)
 
     def listen_and_stop() -> None:
-        with listen(opened, {"blocks.0.hook_attn_out": lambda _: seen.append(1)}):
+        with listen(opened, {"blocks.0.hook_attn_out": [lambda _: seen.append(1)]}):
             opened.body(ids, use_cache=False)
             raise RuntimeError("stop")
 
@@ -78,9 +79,12 @@ def test_the_lm_head_is_not_run(opened: OpenModel, make_spec: Callable[..., Capt
     tap = whole.get_output_embeddings().register_forward_hook(lambda *_: calls.append("head"))
     plan = plan_capture(make_spec())
     assert plan.frozen is not None
-    documents = execute._documents(plan, "unused")  # noqa: SLF001
-    for work in plan.frozen.work:
-        run_partition(opened, plan.manifest, work, documents)
+    documents = place_tokens(plan.documents, plan.tokens)
+    with Staging(opened.device, slot_nbytes=0, n_slots=0) as staging:
+        for work in plan.frozen.work:
+            buffer = PartitionBuffer(plan.manifest, work, documents)
+            for batch in work.batches:
+                run_batch(opened, buffer, batch, staging)
     assert calls == []
     whole(torch.ones((1, 3), dtype=torch.int64))
     tap.remove()
@@ -115,7 +119,7 @@ def test_half_precision_is_the_nearest_number(
     exact = capture_run(tmp_path / "lake", make_spec())
     half = capture_run(tmp_path / "lake", make_spec(dtype=dtype))
     assert half.run_id != exact.run_id
-    for site in SITES:
+    for site in (name for name, site in SITES.items() if site.is_array):
         np.testing.assert_array_equal(
             getattr(half, site).to_numpy(), cast(getattr(exact, site).to_numpy()), err_msg=site
         )
@@ -139,7 +143,8 @@ def test_a_value_that_does_not_fit_stops_the_capture_and_nothing_reads_as_whole(
     tmp_path: Path,
 ) -> None:
     given: dict[str, Any] = {"model": large, "tokenizer": tokenizer}
-    with pytest.raises(OverflowInCapture, match=r"Site mlp_out at layer 1 reaches 7e\+04.*float16") as caught:
+    message = r"Site mlp_out at layer 1 has \d+ values that float16 cannot hold \(documents \d"
+    with pytest.raises(OverflowInCapture, match=message) as caught:
         capture_run(tmp_path / "lake", make_spec(**given, dtype="float16"))
     assert "bfloat16" in caught.value.hint
     with pytest.raises(OverflowInCapture, match="Site resid at boundary 2 "):
@@ -151,6 +156,46 @@ def test_a_value_that_does_not_fit_stops_the_capture_and_nothing_reads_as_whole(
     run = capture_run(tmp_path / "lake", make_spec(**given, dtype="bfloat16"))
     assert Lake(tmp_path / "lake").run_ids == [run.run_id]
     assert float(run.mlp_out.max()) > 65_504
+
+
+def test_what_does_not_fit_is_kept_and_counted_if_asked(
+    large: Any,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    make_spec: Callable[..., CaptureSpec],
+    tmp_path: Path,
+) -> None:
+    spec = make_spec(model=large, tokenizer=tokenizer, dtype="float16", overflow="keep")
+    outcome = execute_plan(plan_capture(spec, tmp_path / "lake"), tmp_path / "lake")
+    assert outcome.run is not None
+    # one dimension of every token: in what the MLP adds, and in the stream from there on
+    expected = {"mlp_out": outcome.run.n_tokens, "resid": 2 * outcome.run.n_tokens}
+    for site, n in expected.items():
+        assert int(np.isinf(getattr(outcome.run, site).to_numpy()).sum()) == n
+    assert outcome.nonfinite == expected
+    assert outcome.run.manifest.captures[-1]["nonfinite"] == expected
+
+
+def test_what_is_not_a_number_is_said_to_be_none(
+    make_model: Callable[..., Any],
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    make_spec: Callable[..., CaptureSpec],
+    tmp_path: Path,
+) -> None:
+    """In a token that the self-check, which sees the beginnings of the first two documents, does not meet."""
+    model = make_model("llama")
+    spec = make_spec(model=model, tokenizer=tokenizer, sites="resid")
+    plan = plan_capture(spec)
+    assert plan.frozen is not None
+    checked = plan.frozen.work[0].batches[0][:2]
+    token_ids, documents = plan.tokens["token_id"].to_numpy(), plan.tokens["document"].to_numpy()
+    unseen = np.setdiff1d(token_ids, token_ids[np.isin(documents, checked)])[0]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[unseen] = float("nan")
+    with pytest.raises(
+        OverflowInCapture, match=r"at boundary 0 has \d+ values that are not a number"
+    ) as caught:
+        capture_run(tmp_path / "lake", make_spec(model=model, tokenizer=tokenizer, sites="resid"))
+    assert "--compute-dtype float32" in caught.value.hint
 
 
 def test_the_largest_half_is_not_an_overflow(
@@ -183,5 +228,5 @@ def test_a_layer_of_zeros_is_stored_like_any_other(
     assert run.attn_out.to_numpy()[0].any()
     assert run.objects.num_rows == sum(cost.n_objects for cost in plan.costs)
     for row in run.objects.to_pylist():
-        path = tmp_path / "lake" / "runs" / run.run_id / "activations.zarr" / row["name"]
+        path = tmp_path / "lake" / "runs" / run.run_id / row["name"]
         assert path.stat().st_size == row["nbytes"]

@@ -20,7 +20,7 @@ def inputs(draw: st.DrawFn) -> tuple[list[EncodedDocument], Geometry]:
     for i, n in enumerate(lengths):
         extra = draw(st.integers(0, 5)) if n == CONTEXT else 0
         ids = np.arange(1000 * i, 1000 * i + n, dtype=np.int32)
-        documents.append(EncodedDocument(f"d#{i}", ids, n + extra, None if n else "too short"))
+        documents.append(EncodedDocument((f"d#{i}",), ids, n + extra, None if n else "too short"))
     return documents, Geometry(rows, CONTEXT, {})
 
 
@@ -34,7 +34,7 @@ def test_nothing_is_lost_and_nothing_overlaps(
     )
     rows = placed.documents.to_pylist()
     assert [row["document"] for row in rows] == list(range(first_document, first_document + len(encoded)))
-    assert [row["source"] for row in rows] == [item.source for item in encoded]
+    assert [row["sources"] for row in rows] == [list(item.sources) for item in encoded]
 
     used_rows: set[int] = set()
     used_pairs: set[int] = set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from layerlake.capture import description, hooks, model, selfcheck
 from layerlake.capture.description import describe_model
 from layerlake.capture.execute import capture_run
 from layerlake.capture.model import OpenModel, open_model
-from layerlake.capture.plan import CaptureSpec
 from layerlake.capture.selfcheck import check_model
+from layerlake.capture.spec import CaptureSpec
 from layerlake.catalog.errors import AdapterMismatch, SelfCheckFailed
 from layerlake.catalog.shapes import ModelShape
 
@@ -50,18 +50,18 @@ def _normed_last_boundary(patch: pytest.MonkeyPatch) -> None:
 
 def _transposed_output_weight(patch: pytest.MonkeyPatch) -> None:
     right = model._in_by_out  # noqa: SLF001
-    patch.setattr(model, "_in_by_out", lambda module, d_in: right(module, d_in).T)
+    patch.setattr(model, "_in_by_out", lambda module, d_in, block: right(module, d_in, block).T)
 
 
 def _change_weight(name: str, change: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch], None]:
     def sabotage(patch: pytest.MonkeyPatch) -> None:
-        right = OpenModel.weights
+        right = OpenModel.weight
 
-        def weights(self: OpenModel) -> Iterator[tuple[str, Any]]:
-            for found, value in right(self):
-                yield found, change(value) if found == name else value
+        def weight(self: OpenModel, asked: str, block: tuple[slice, ...]) -> Any:
+            value = right(self, asked, block)
+            return change(value) if asked == name else value
 
-        patch.setattr(OpenModel, "weights", weights)
+        patch.setattr(OpenModel, "weight", weight)
 
     return sabotage
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import zarr
 
+from layerlake.capture.frozen import PartitionWork
+from layerlake.capture.partition import PartitionBuffer
 from layerlake.capture.writer import create_arrays, write_partition
 from layerlake.catalog.errors import CorruptRun
-from layerlake.catalog.layout import activations_path, plan_geometry
+from layerlake.catalog.layout import activations_path, plan_geometry, run_path
 from layerlake.catalog.manifest import Manifest
 from layerlake.catalog.run import Run
 from layerlake.catalog.stores import Store
@@ -25,9 +27,9 @@ def run(make_run: Callable[..., Run]) -> Run:
 
 
 def test_records_say_what_lies_there(run: Run) -> None:
-    folder = run.store.local_path / activations_path(run.run_id)
+    folder = run.store.local_path / run_path(run.run_id)
     records = run.objects.to_pylist()
-    assert len(records) == len(run.manifest.partitions) * (3 + 4 * 2)
+    assert len(records) == len(run.manifest.partitions) * (3 + 4 * 2 + 1)
     for record in records:
         content = (folder / record["name"]).read_bytes()
         assert record["nbytes"] == len(content)
@@ -76,13 +78,17 @@ def test_what_an_abandoned_first_capture_left_is_replaced(run: Run, tmp_path: Pa
     assert isinstance(array, zarr.Array)
     assert array.shards == (1, 16, 8)
 
-    write_partition(store, manifest, 0, {"resid": np.ones((3, 16, 8), np.float32)})
+    work = PartitionWork(0, ("resid",), ())
+    buffer = PartitionBuffer(manifest, work, {})
+    for values in buffer.values.values():
+        values[...] = 1
+    write_partition(store, manifest, buffer)
     create_arrays(store, manifest)
     used = manifest.partitions[0].n_rows
     assert np.asarray(array[:, :used]).all()  # arrays that fit stay
 
 
 def test_a_committed_run_s_arrays_are_never_replaced(run: Run) -> None:
-    with pytest.raises(CorruptRun, match="is not cut as the run's manifest says"):
+    with pytest.raises(CorruptRun, match="is not cut or encoded as the run's manifest says"):
         create_arrays(run.store, _with_partitions_of(run, 64, 1))
     assert run.resid.to_numpy().all()

@@ -12,8 +12,10 @@ BUILT_IN = {
     "AmbiguousRun": LookupError,
     "AnalysisError": ValueError,
     "CaptureInProgress": RuntimeError,
+    "CaptureUnfinished": RuntimeError,
     "CorpusError": ValueError,
     "CorruptRun": ValueError,
+    "DamagedLake": ValueError,
     "FormatError": ValueError,
     "LakeNotFound": FileNotFoundError,
     "MissingExtra": ImportError,
@@ -24,6 +26,7 @@ BUILT_IN = {
     "RunNotFound": LookupError,
     "SelfCheckFailed": AssertionError,
     "SiteNotFound": LookupError,
+    "StoreError": OSError,
 }
 
 

@@ -12,9 +12,11 @@ from layerlake.catalog.errors import PlanError
 from layerlake.catalog.layout import (
     Geometry,
     array_spec,
+    attn_band_nbytes,
     bytes_per_token,
     itemsize,
     n_pairs,
+    object_name,
     plan_geometry,
     shard_name,
 )
@@ -62,6 +64,7 @@ def test_bytes_per_token_are_those_of_the_table(
         "mlp_out": one,
         "mlp_post": mlp_post,
         "pattern": pattern,
+        "attn_band": shape.n_layers * shape.n_heads * 2 * 18 * 4 / 512,
     }
     assert bytes_per_token(shape, SITES["resid"], context=512, dtype="float32") == 2 * resid
 
@@ -86,7 +89,8 @@ def test_memory_decides_how_many_tokens_a_partition_has() -> None:
 def test_a_planned_geometry_holds_together(
     shape: ModelShape, context: int, dtype: str, max_memory: int
 ) -> None:
-    total = sum(bytes_per_token(shape, site, context=context, dtype=dtype) for site in SITES.values())
+    arrays = {name: site for name, site in SITES.items() if site.is_array}
+    total = sum(bytes_per_token(shape, site, context=context, dtype=dtype) for site in arrays.values())
     needed = 1 << (context - 1).bit_length()  # the least power of two that holds a document
     if needed > 8192 or needed * total > max(total, max_memory / 2):
         with pytest.raises(PlanError, match=f"smaller than the context of {context} ") as caught:
@@ -100,7 +104,7 @@ def test_a_planned_geometry_holds_together(
     assert context <= rows <= 8192
     assert rows * total <= max_memory / 2 or rows == 1
     assert rows == 8192 or 2 * rows * total > max_memory / 2
-    for name, site in SITES.items():
+    for name, site in arrays.items():
         of_partition, chunk = geometry.partition_rows(site), geometry.chunk_rows[name]
         assert of_partition % chunk == 0
         nbytes = chunk * itemsize(dtype) * (1 if site.rows == "pair" else site.width(shape))
@@ -163,7 +167,23 @@ def test_no_two_shards_share_a_name() -> None:
     names = [
         shard_name(site, layer, partition)
         for site in SITES.values()
+        if site.is_array
         for layer in range(3)
         for partition in range(4)
     ]
     assert len(set(names)) == len(names)
+
+
+def test_objects_lie_in_the_runs_folder() -> None:
+    """Those of arrays by layer and partition; ``attn_band`` has all layers in one."""
+    assert object_name(SITES["mlp_post"], 3, 7) == "activations.zarr/mlp_post/c/3/7/0"
+    assert object_name(SITES["pattern"], 3, 7) == "activations.zarr/pattern/c/3/0/7"
+    assert {object_name(SITES["attn_band"], layer, 7) for layer in range(4)} == {
+        "attn_band/part-00000007.parquet"
+    }
+
+
+def test_bands_go_by_documents() -> None:
+    assert attn_band_nbytes(GPT2, 10) == 10 * 12 * 12 * 2 * 18 * 4
+    pattern = bytes_per_token(GPT2, SITES["pattern"], context=512, dtype="float16") * 512
+    assert pattern / attn_band_nbytes(GPT2, 1) > 1000

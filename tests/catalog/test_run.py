@@ -11,6 +11,7 @@ from typing import Any
 
 import dask
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from zarr.storage import LocalStore
 
@@ -131,6 +132,52 @@ def test_attention_unpacks_a_document(
         start = pair
     with pytest.raises(SiteNotFound, match="no document 99"):
         run.attention(99, 0)
+
+
+def test_bands_are_sums_of_the_patterns_of_all_partitions(run: Run) -> None:
+    table = run.attn_band
+    assert table.num_rows == len(LENGTHS) * 3 * 2 * 2
+    for row in table.to_pylist():
+        pattern = run.attention(row["document"], row["layer"]).to_numpy()[row["head"]].astype(np.float64)
+        first = 0 if row["queries"] == "all" else 17
+        diagonals = [np.diagonal(pattern, -k)[max(0, first - k) :] for k in range(17)]
+        assert row["distance_sums"] == pytest.approx([each.sum() for each in diagonals], rel=1e-6)
+        assert row["distance_counts"] == [len(each) for each in diagonals]
+        assert row["bos_sum"] == pytest.approx(pattern[max(first, 1) :, 0].sum(), rel=1e-6)
+    by_partition = [run.read_attn_band(partition) for partition in run.manifest.partitions]
+    assert [set(part["document"].to_pylist()) for part in by_partition] == [
+        {d["document"] for d in run.documents.to_pylist() if d["partition"] == partition.index}
+        for partition in run.manifest.partitions
+    ]
+
+
+def test_some_columns_and_rows_of_the_bands(run: Run) -> None:
+    partition = run.manifest.partitions[1]
+    where = (pc.field("layer") == 2) & (pc.field("queries") == "late")
+    found = run.read_attn_band(partition, columns=["bos_count", "document"], where=where)
+    everything = run.read_attn_band(partition).to_pylist()
+    assert found.to_pylist() == [
+        {"bos_count": row["bos_count"], "document": row["document"]}
+        for row in everything
+        if row["layer"] == 2 and row["queries"] == "late"
+    ]
+
+
+def test_bands_are_a_site_but_no_array(make_run: Callable[..., Run], run: Run) -> None:
+    assert run.has_site("attn_band")
+    assert run.extent("attn_band") == run.extent("resid")
+    with pytest.raises(SiteNotFound, match="'attn_band' is a table") as caught:
+        run.array("attn_band")
+    assert "run.attn_band" in caught.value.hint
+    alone = make_run(sites=("attn_band",), name="alone")
+    assert alone.sites == ("attn_band",)
+    objects = alone.objects.to_pylist()
+    assert [(row["name"], row["layer"]) for row in objects] == [
+        (f"attn_band/part-{partition.index:08d}.parquet", None) for partition in alone.manifest.partitions
+    ]
+    without = Run(run.store, replace(run.manifest, sites={"resid": run.manifest.sites["resid"]}))
+    with pytest.raises(SiteNotFound, match="holds site 'attn_band' not at all"):
+        without.attn_band  # noqa: B018
 
 
 def test_masked_tokens_are_positions_1_to_n_minus_2_with_their_next_token(run: Run) -> None:

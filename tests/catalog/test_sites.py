@@ -14,6 +14,19 @@ def test_names_come_out_in_the_order_of_storage_and_once() -> None:
     assert parse_sites("pattern, resid_pre,resid_post,attn_out") == ("resid", "attn_out", "pattern")
     assert parse_sites(["mlp_post", "mlp_post"]) == ("mlp_post",)
     assert parse_sites(("all",)) == parse_sites("all") == tuple(SITES)
+    assert parse_sites("attn_band,pattern") == ("pattern", "attn_band")
+
+
+def test_a_site_is_an_array_or_a_table() -> None:
+    dims = {name: site.dims for name, site in SITES.items() if site.is_array}
+    assert dims == {
+        "resid": ("boundary", "token", "d_model"),
+        "attn_out": ("layer", "token", "d_model"),
+        "mlp_out": ("layer", "token", "d_model"),
+        "mlp_post": ("layer", "token", "d_mlp"),
+        "pattern": ("layer", "head", "pair"),
+    }
+    assert SITES["attn_band"].dims == ("document", "layer", "head")
 
 
 @pytest.mark.parametrize(

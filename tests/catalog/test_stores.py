@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import pickle
 import sys
 import time
 from collections.abc import Iterator
@@ -12,20 +15,38 @@ from threading import Barrier
 from typing import Any
 from uuid import uuid4
 
+import aiohttp
+import botocore.exceptions
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry as known_protocols
+from moto.s3.responses import S3Response
+from s3fs.errors import translate_boto_error
 
-from layerlake.catalog.errors import CorruptRun, LakeNotFound, MissingExtra
+from layerlake.catalog.errors import CorruptRun, LakeNotFound, MissingExtra, StoreError
+from layerlake.catalog.retries import ATTEMPTS
 from layerlake.catalog.stores import Store
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "memory", "flaky", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "store" if request.param == "folder" else f"memory://{uuid4().hex}/lake")
+    """A store of each kind; what is promised of one is promised of all."""
+    if request.param == "folder":
+        url = str(tmp_path / "store")
+    elif request.param == "s3":
+        url = request.getfixturevalue("s3_url") + "/some/lake"
+    else:
+        if request.param == "flaky":
+            request.getfixturevalue("flaky")
+        url = f"{request.param}://{uuid4().hex}/lake"
+    store = Store(url)
     yield store
     store.delete("")
+    assert list(store.walk()) == []
 
 
 def test_what_is_written_is_read(store: Store) -> None:
@@ -119,15 +140,85 @@ def test_what_is_not_json_is_corrupt(store: Store) -> None:
         store.read_json("x.json")
 
 
-def test_zarr_lies_in_the_store(store: Store) -> None:
-    group = zarr.open_group(store.zarr_store("z", read_only=False), mode="w")
-    group.create_array("a", data=np.arange(6))
-    assert store.exists("z/a/zarr.json")
-    found = zarr.open_group(store.zarr_store("z"), mode="r")["a"]
-    assert isinstance(found, zarr.Array)
-    np.testing.assert_array_equal(np.asarray(found[...]), np.arange(6))
+def test_zarr_reads_from_the_store(store: Store) -> None:
+    made = zarr.storage.MemoryStore()
+    zarr.create_group(made, zarr_format=3)
+    zarr.create_array(made, name="a", data=np.arange(600), chunks=(50,), shards=(200,), fill_value=0)
+    for name, content in made._store_dict.items():  # noqa: SLF001
+        store.write(f"z/{name}", content.to_bytes())
+    for opened in (store.zarr_store("z"), pickle.loads(pickle.dumps(store.zarr_store("z")))):  # noqa: S301
+        array = zarr.open_array(opened, path="a", mode="r")
+        np.testing.assert_array_equal(np.asarray(array[...]), np.arange(600))
+        np.testing.assert_array_equal(np.asarray(array[130:290]), np.arange(130, 290))
+        assert list(zarr.open_group(opened, mode="r", zarr_format=3)) == ["a"]
     with pytest.raises(ValueError, match=r"read-only|read only"):
-        zarr.open_group(store.zarr_store("z"), mode="r+").create_array("b", data=np.arange(6))
+        zarr.create_array(store.zarr_store("z"), name="b", data=np.arange(6))
+
+
+def test_an_opened_object_is_a_file(store: Store) -> None:
+    table = pa.table({"x": np.arange(50_000), "y": np.random.default_rng(0).random(50_000)})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=10_000)
+    store.write("part.parquet", sink.getvalue())
+    with store.open("part.parquet") as file:
+        assert pq.read_metadata(file).num_row_groups == 5
+        assert pq.ParquetFile(file).read_row_group(3) == table.slice(30_000, 10_000)
+        assert pq.read_table(file) == table
+    with store.open("part.parquet") as file:
+        assert file.read() == sink.getvalue()
+        assert file.read(1) == b""
+        assert file.seek(-4, os.SEEK_END) == len(sink.getvalue()) - 4
+        assert file.read(100) == b"PAR1"
+    with pytest.raises(FileNotFoundError):
+        store.open("nothing")
+
+
+def test_delete_all_takes_what_is_there(store: Store) -> None:
+    names = [f"a/{i % 7}/{i}" for i in range(30)]
+    for name in (*names, "a/0/kept", "b/*", "b/kept"):
+        store.write(name, b"")
+    store.delete_all([*names, "a/never/was", "b/*"])
+    assert [name for name, _ in store.walk()] == ["a/0/kept", "b/kept"]
+    assert store.list("a") == ["0"]
+    store.delete_all([])
+
+
+def test_scan_says_when_an_object_was_written(store: Store) -> None:
+    before = time.time()
+    store.write("a/b", b"xyz")
+    (found,) = store.scan("a")
+    assert (found.name, found.nbytes) == ("a/b", 3)
+    assert before - 2 < found.modified < time.time() + 2  # S3 counts in seconds
+
+
+def test_who_deletes_and_lists_at_the_same_time_does_no_harm(store: Store) -> None:
+    names = [f"run/{i % 3}/{i}" for i in range(24)]
+    for name in names:
+        store.write(name, b"x")
+
+    def act(i: int) -> list[str]:
+        if i % 2:
+            return [name for name, _ in store.walk("run")]
+        store.delete("run") if i % 4 else store.delete_all(names)
+        return []
+
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(act, range(8)))
+    assert {name for found in seen for name in found} <= set(names)
+    assert list(store.walk("run")) == []
+
+
+def test_others_are_seen_at_once(store: Store) -> None:
+    """A file system that remembers listings would answer from them."""
+    other = Store(store.url)
+    assert other.list("log") == []
+    assert not other.exists("log/1")
+    store.write("log/1", b"x")
+    assert other.list("log") == ["1"]
+    assert other.exists("log/1")
+    store.delete("log/1")
+    assert not other.exists("log/1")
+    assert list(other.walk("log")) == []
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,14 +226,15 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     store.write("a", b"before")
 
     def fail(*_: object) -> None:
-        raise OSError("the disk is full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     for owner, name in ((Path, "replace"), (os, "link"), (Path, "write_bytes")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fail)
             action = store.create if name == "link" else store.write
-            with pytest.raises(OSError, match="disk is full"):
+            with pytest.raises(StoreError, match=r"/[ab] could not be written: the disk is full") as caught:
                 action("b" if name == "link" else "a", b"after")
+            assert "Make room" in caught.value.hint
     assert [path.name for path in tmp_path.rglob("*")] == ["a"]
     assert store.read("a") == b"before"
 
@@ -163,10 +255,328 @@ def test_a_store_is_local_or_not(tmp_path: Path) -> None:
     assert not Store("memory://x").is_local
 
 
-def test_a_protocol_without_its_package_or_without_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
+@pytest.mark.parametrize(
+    ("url", "package", "extra"),
+    [
+        ("s3://bucket/lake", "s3fs", "s3"),
+        ("gs://bucket/lake", "gcsfs", "gs"),
+        ("gcs://bucket/lake", "gcsfs", "gs"),
+        ("az://container/lake", "adlfs", "az"),
+        ("abfs://container/lake", "adlfs", "az"),
+    ],
+)
+def test_a_protocol_without_its_package(
+    url: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(known_protocols, url.partition("://")[0], raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtra) as caught:
-        Store("s3://bucket/lake")
-    assert 'pip install "layerlake[s3]"' in caught.value.hint
+        Store(url)
+    assert f'pip install "layerlake[{extra}]"' in caught.value.hint
+
+
+def test_a_protocol_without_meaning() -> None:
     with pytest.raises(LakeNotFound, match="nonsense"):
         Store("nonsense://lake")
+
+
+# -- failures ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_folder_that_vanishes_under_a_writer_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who deletes the last object of a folder removes the folder."""
+    store, write, calls = Store(tmp_path), Path.write_bytes, 0
+
+    def too_late(path: Path, content: bytes) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            path.parent.rmdir()
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", too_late)
+    store.write("wip/1", b"x")
+    assert store.read("wip/1") == b"x"
+    assert calls == 2
+
+
+def test_over_nfs_a_link_may_find_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, link = Store(tmp_path), os.link
+
+    def link_twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    store.create("a", b"first")
+    with pytest.raises(FileExistsError):
+        store.create("a", b"first")
+    assert store.list("") == ["a"]
+
+
+@pytest.mark.parametrize("is_lost", [True, False], ids=["answer lost", "not done"])
+def test_a_create_that_is_not_answered(
+    is_lost: bool,
+    flaky: type[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flaky, "rate", 0.0)
+    store, create = Store("flaky://lake"), flaky.pipe_file
+    n_calls = 0
+
+    def unanswered(self: Any, path: str, value: bytes, **options: Any) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if is_lost or n_calls > 1:
+            create(self, path, value, **options)
+        if n_calls == 1:
+            raise ConnectionResetError
+
+    monkeypatch.setattr(flaky, "pipe_file", unanswered)
+    store.create("x", b"mine")
+    assert n_calls == 2
+    assert store.read("x") == b"mine"
+    with pytest.raises(FileExistsError):
+        store.create("x", b"another's")
+    assert store.read("x") == b"mine"
+
+
+def _client_error(code: str, status: int) -> Exception:
+    answer: Any = {"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(botocore.exceptions.ClientError(answer, "Something"))  # type: ignore[no-any-return]
+
+
+class HttpError(Exception):
+    """As gcsfs and the Azure SDK have them."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__("said the service")
+        vars(self).update(fields)
+
+
+TRANSIENT: list[Exception] = [
+    ConnectionResetError(),
+    ConnectionRefusedError(),
+    TimeoutError(),
+    OSError(errno.ESTALE, "stale file handle"),
+    OSError(errno.EBUSY, "busy"),
+    _client_error("SlowDown", 503),
+    _client_error("InternalError", 500),
+    _client_error("RequestTimeout", 400),
+    _client_error("TooManyRequests", 429),
+    _client_error("ConditionalRequestConflict", 409),
+    botocore.exceptions.EndpointConnectionError(endpoint_url="http://nowhere"),
+    botocore.exceptions.ReadTimeoutError(endpoint_url="http://nowhere"),
+    botocore.exceptions.ConnectionClosedError(endpoint_url="http://nowhere"),
+    aiohttp.ServerDisconnectedError(),
+    aiohttp.ClientPayloadError(),
+    HttpError(code="503"),
+    HttpError(status_code=500),
+]
+FINAL: list[Exception] = [
+    PermissionError("no"),
+    OSError(errno.ENOSPC, "full"),
+    OSError(errno.EDQUOT, "quota"),
+    OSError(errno.EROFS, "read-only"),
+    OSError("Forbidden: x"),
+    ValueError("Bad Request"),
+    _client_error("AccessDenied", 403),
+    _client_error("InvalidArgument", 400),
+    _client_error("NotImplemented", 501),
+    botocore.exceptions.NoCredentialsError(),
+    HttpError(code=401),
+    HttpError(status_code=403),
+]
+
+
+def _name(error: Exception) -> str:
+    return f"{type(error).__name__} {error}"
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("error", TRANSIENT, ids=_name)
+def test_what_may_pass_is_tried_again(
+    error: Exception, counting: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, calls = Store("counting://lake"), 0
+    store.write("a", b"x")
+
+    def fail(*_: object, **__: object) -> bytes:
+        nonlocal calls
+        calls += 1
+        raise error
+
+    monkeypatch.setattr(counting, "cat_file", fail)
+    with pytest.raises(StoreError, match="counting://lake/a could not be read, in 6 attempts") as caught:
+        store.read("a")
+    assert calls == ATTEMPTS == 6
+    assert caught.value.__cause__ is error
+    assert "network" in caught.value.hint
+    again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
+    assert (str(again), again.hint) == (str(caught.value), caught.value.hint)
+
+
+@pytest.mark.parametrize("error", FINAL, ids=_name)
+def test_what_will_not_pass_is_said_at_once(
+    error: Exception, counting: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, calls = Store("counting://lake"), 0
+
+    def fail(*_: object, **__: object) -> None:
+        nonlocal calls
+        calls += 1
+        raise error
+
+    monkeypatch.setattr(counting, "pipe_file", fail)
+    with pytest.raises(StoreError, match="counting://lake/a could not be written") as caught:
+        store.write("a", b"x")
+    assert calls == 1
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(), FileExistsError(), IsADirectoryError()], ids=_name)
+def test_an_answer_is_no_failure(
+    error: Exception, counting: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store("counting://lake")
+
+    def answer(*_: object, **__: object) -> bytes:
+        counting.calls["cat_file"] += 1
+        raise error
+
+    monkeypatch.setattr(counting, "cat_file", answer)
+    with pytest.raises(type(error)):
+        store.read("a")
+    assert counting.calls["cat_file"] == 1
+
+
+def test_our_own_mistakes_are_not_blamed_on_the_store(
+    counting: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistake(*_: object, **__: object) -> bytes:
+        raise TypeError
+
+    monkeypatch.setattr(counting, "cat_file", mistake)
+    with pytest.raises(TypeError):
+        Store("counting://lake").read("a")
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_existence_is_not_denied_for_want_of_an_answer(
+    counting: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> bytes:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(counting, "info", fail)
+    with pytest.raises(StoreError, match="could not be looked up"):
+        Store("counting://lake").exists("a")
+
+
+def test_a_folder_that_may_not_be_listed_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, scandir = Store(tmp_path), os.scandir
+    store.write("a/1", b"")
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("/a"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StoreError, match="no access") as caught:
+        list(store.walk())
+    assert "who may read" in caught.value.hint
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_chunk_that_cannot_be_read_is_no_zeros(
+    counting: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = zarr.storage.MemoryStore()
+    zarr.create_array(made, name="a", data=np.arange(6))
+    store = Store("counting://lake")
+    for name, content in made._store_dict.items():  # noqa: SLF001
+        store.write(f"z/{name}", content.to_bytes())
+
+    def fail(self: Any, path: str, **options: Any) -> Any:
+        if path.endswith("/c/0"):
+            raise ConnectionResetError
+        return read(self, path, **options)
+
+    read = counting.cat_file
+    monkeypatch.setattr(counting, "cat_file", fail)
+    array = zarr.open_array(store.zarr_store("z"), path="a", mode="r", zarr_format=3)
+    with pytest.raises(StoreError, match=r"counting://lake/z/a/c/0 could not be read, in 6 attempts"):
+        array[...]
+
+
+# -- S3 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("client_attempts", [1, 2], ids=["botocore gives up", "botocore tries again"])
+def test_a_create_that_s3_does_not_answer(
+    s3_url: str, client_attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 writes the object and breaks off: ours is the object, whoever asks again, botocore or we."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", str(client_attempts))
+    store, put, calls = Store(f"{s3_url}/lake"), S3Response.put_object, 0
+
+    def unanswered(self: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        answer = put(self)
+        return answer if calls > 1 else (500, {}, "<Error><Code>InternalError</Code></Error>")
+
+    monkeypatch.setattr(S3Response, "put_object", unanswered)
+    store.create("x", b"mine")
+    assert calls == 2
+    assert store.read("x") == b"mine"
+    with pytest.raises(FileExistsError):
+        store.create("x", b"another's")
+
+
+def test_s3_without_credentials(s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(StoreError, match=f"{s3_url}/lake/a could not be written: no access") as caught:
+        Store(f"{s3_url}/lake").write("a", b"")
+    assert "AWS_ACCESS_KEY_ID" in caught.value.hint
+
+
+def test_a_bucket_that_is_not_there(s3_url: str) -> None:
+    store = Store(f"{s3_url}-not/lake")
+    assert store.list("") == []
+    assert not store.exists("a")
+    with pytest.raises(StoreError, match="there is no such bucket"):
+        store.write("a", b"")
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_s3_that_is_not_there(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(StoreError, match=r"in 6 attempts: EndpointConnectionError") as caught:
+        Store(f"{s3_url}/lake").write("a", b"")
+    assert "network" in caught.value.hint
+
+
+# -- how much is asked --------------------------------------------------------------------------------
+
+
+def test_each_operation_asks_once(counting: type[Any]) -> None:
+    store = Store("counting://lake")
+    store.write("a", b"x")
+    store.create("b", b"y")
+    store.read("a")
+    store.exists("a")
+    store.list("")
+    list(store.walk())
+    assert counting.calls == {"pipe_file": 2, "cat_file": 1, "info": 1, "ls": 1, "find": 1}

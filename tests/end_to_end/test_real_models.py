@@ -5,6 +5,7 @@ The models and texts lie beside the repository and are not part of it; where the
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import pytest
 import torch
 import transformers
 
-from layerlake import CaptureSpec, Run, capture_run, open_lake
+from layerlake import SITES, CaptureSpec, Run, capture_run, open_lake
+from layerlake.analyze.attention import AttentionOptions, compute_attention
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -104,7 +106,7 @@ def test_the_capture_is_what_was_asked_for(real: Real) -> None:
     assert 2500 < manifest.n_tokens <= 3000
     assert manifest.dtype == "float16"
     assert len(manifest.partitions) >= 3
-    assert real.run.sites == ("resid", "attn_out", "mlp_out", "mlp_post", "pattern")
+    assert real.run.sites == tuple(SITES)
     has_no_bos = real.name == "tinygpt-shakespeare-gpt2"
     assert (manifest.bos_token_id is None) == has_no_bos
     assert max(manifest.captures[0]["self_check"].values()) < 1e-4
@@ -148,6 +150,23 @@ def test_pattern_rows_sum_to_1(real: Real) -> None:
             allowed = rounding(weights).sum(axis=-1) + 1e-5
             assert (np.abs(weights.sum(axis=-1) - 1) <= allowed).all()
             assert weights.min() >= 0
+
+
+def test_attention_is_as_local_by_its_sums_as_by_its_pattern(real: Real) -> None:
+    """The sums are those of the device's float32, the pattern is float16."""
+    run = real.run
+    held = {site: partitions for site, partitions in run.manifest.sites.items() if site != "attn_band"}
+    without = Run(run.store, dataclasses.replace(run.manifest, sites=held))
+    by_sums, by_pattern = (
+        compute_attention(each, AttentionOptions(), scheduler="synchronous")["attention_locality"].to_pandas()
+        for each in (run, without)
+    )
+    assert {*by_sums.source} == {"attn_band"}
+    assert {*by_pattern.source} == {"pattern"}
+    assert by_sums.columns.tolist() == by_pattern.columns.tolist()
+    numbers = by_sums.select_dtypes("number").columns
+    assert by_sums.mean_weight.notna().all()
+    np.testing.assert_allclose(by_sums[numbers], by_pattern[numbers], rtol=0, atol=1e-3)
 
 
 def test_the_lens_at_the_last_boundary_gives_the_model_s_own_loss(real: Real) -> None:

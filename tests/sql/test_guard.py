@@ -187,4 +187,4 @@ def test_python_variables_are_not_tables(lake: Lake) -> None:
     models = sites = local = [(1,)]  # noqa: F841  # what a replacement scan would find
     with pytest.raises(QueryError, match="local does not exist"):
         query(lake, "FROM local")
-    assert query(lake, "SELECT count(*) FROM sites").fetchall() == [(5,)]
+    assert query(lake, "SELECT count(*) FROM sites").fetchall() == [(6,)]

@@ -68,6 +68,7 @@ def test_sites(run: Run) -> None:
         ("mlp_out", 2, 8, "float16", 36, 2 * 36 * 8 * 2),
         ("mlp_post", 2, 16, "float16", 36, 2 * 36 * 16 * 2),
         ("pattern", 2, 2, "float16", 36, 2 * 2 * n_pairs * 2),
+        ("attn_band", 2, 2, "float32", 36, 5 * 2 * 2 * 2 * 18 * 4),
     ]
 
 
@@ -75,7 +76,7 @@ def test_documents(run: Run) -> None:
     lake = Lake(run.store.url)
     assert query(lake, "FROM all_documents").to_arrow_table().to_pylist() == run.documents.to_pylist()
     assert query(lake, "FROM documents").to_arrow_table().to_pylist() == run.stored_documents.to_pylist()
-    assert query(lake, "SELECT source FROM documents WHERE n_tokens > 8").fetchall() == [
+    assert query(lake, "SELECT sources[1] FROM documents WHERE n_tokens > 8").fetchall() == [
         ("tiny:1",),
         ("tiny:3",),
     ]

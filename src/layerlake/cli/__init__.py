@@ -11,7 +11,7 @@ from .. import console
 from ..catalog.errors import LayerLakeError
 from .analysis import analyze, report, sql
 from .capture import capture, demo, plan
-from .lake import info, ls
+from .lake import gc, info, ls, rm, verify
 from .options import InOrder
 
 __all__ = ["main"]
@@ -27,7 +27,7 @@ def cli(debug: bool) -> None:  # read by main
     """
 
 
-for command in (demo, plan, capture, ls, info, sql, analyze, report):
+for command in (demo, plan, capture, ls, info, verify, sql, analyze, report, rm, gc):
     cli.add_command(command)
 
 

@@ -1,20 +1,27 @@
-"""What is in a lake: ls, info."""
+"""What is in a lake: ls, info, verify, rm, gc."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
 
 from .. import console
-from ..catalog.layout import shard_name
+from ..catalog.collection import collect_lake, plan_collection
+from ..catalog.errors import DamagedLake
+from ..catalog.lake import match_run
+from ..catalog.layout import object_name
+from ..catalog.removal import Removal, plan_removal, remove_run
 from ..catalog.run import Run
 from ..catalog.sites import SITES
-from ..catalog.sizes import format_nbytes
+from ..catalog.sizes import format_nbytes, parse_duration_s
+from ..catalog.stores import Store
+from ..catalog.verify import verify_lake
 from ..lake import open_lake
 from .options import json_option, lake_argument, run_options
 
-__all__ = ["describe_run", "info", "ls", "run_row"]
+__all__ = ["describe_run", "gc", "info", "ls", "rm", "run_row", "verify"]
 
 
 @click.command()
@@ -51,6 +58,113 @@ def info(lake: str, runs: tuple[str, ...], as_json: bool) -> None:
             console.note(f"captured {entry['finished']} on {entry.get('device', '?')}; self-check: {checks}")
 
 
+@click.command()
+@lake_argument
+@run_options
+@json_option
+def verify(lake: str, runs: tuple[str, ...], as_json: bool) -> None:
+    """Read every object and check that it is there and is what was written.
+
+    Exits with 1 if anything is damaged or missing, and names it. With --run, only those runs, with their models and
+    findings.
+    """
+    error = None
+    try:
+        verification = verify_lake(Store(lake), runs)
+    except DamagedLake as damaged:
+        error, verification = damaged, damaged.verification
+    result = verification.to_json()
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_table(result["problems"], limit=200)
+        for text in verification.notes:
+            console.note(f"note: {text}")
+    console.note(
+        f"read {verification.n_objects:,} objects, {format_nbytes(verification.nbytes)}: {verification.n_runs} runs, "
+        f"{verification.n_models} models, {verification.n_findings} tables of findings"
+    )
+    if error is not None:
+        console.note(f"error: {error}")
+        console.note(f"hint: {error.hint}")
+        sys.exit(1)
+
+
+@click.command()
+@lake_argument
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only list what would go.")
+@click.option("--force", is_flag=True, help="Take captures that are open for abandoned.")
+@json_option
+def rm(lake: str, runs: tuple[str, ...], *, yes: bool, dry_run: bool, force: bool, as_json: bool) -> None:
+    """Remove whole runs, and the findings computed from them.
+
+    RUN is an id or a unique prefix. If it is interrupted, run it again. Models stay: gc removes those that no run
+    names.
+    """
+    store = open_lake(lake).store
+    known = store.list("runs")  # what an interrupted removal has left is in no other listing
+    chosen = dict.fromkeys(match_run(prefix, known, url=store.url) for prefix in runs)
+    planned = [plan_removal(store, run_id) for run_id in chosen]
+    if not as_json:
+        console.print_table([_removal_row(removal) for removal in planned])
+    if not dry_run:
+        for removal in () if force else planned:
+            removal.require_free()
+        if not yes:
+            if not sys.stdin.isatty():
+                raise click.UsageError("There is nobody to ask: add --yes.")
+            click.confirm(
+                f"Remove {format_nbytes(sum(removal.nbytes for removal in planned))}?", abort=True, err=True
+            )
+        planned = [remove_run(store, removal.run_id, force=force) for removal in planned]
+        console.note(f"removed {format_nbytes(sum(removal.nbytes for removal in planned))}")
+    if as_json:
+        console.print_json([_removal_row(removal) for removal in planned])
+
+
+def _removal_row(removal: Removal) -> dict[str, Any]:
+    return {
+        "run": removal.run_id,
+        "objects": len(removal.objects),
+        "findings": len(removal.findings),
+        "nbytes": removal.nbytes,
+        "size": format_nbytes(removal.nbytes),
+        "open_capture": removal.held_by,
+    }
+
+
+@click.command()
+@lake_argument
+@click.option("--dry-run", is_flag=True, help="Only list what would go.")
+@click.option(
+    "--older-than", default="24h", show_default=True, metavar="AGE",
+    help="How long a capture must have written nothing to be abandoned (90s, 30m, 24h, 7d).",
+)  # fmt: skip
+@json_option
+def gc(lake: str, dry_run: bool, older_than: str, as_json: bool) -> None:
+    """Remove what nothing needs any more.
+
+    That is: abandoned captures, interrupted removals, objects of a run that no snapshot of it names, models that no run
+    names, findings that are superseded in extent or version, and files that were not written to their end.
+    """
+    collect = plan_collection if dry_run else collect_lake
+    collection = collect(open_lake(lake).store, older_than_s=parse_duration_s(older_than))
+    rows = [
+        {"kind": waste.kind, "where": waste.where, "objects": len(waste.objects), "nbytes": waste.nbytes,
+         "size": format_nbytes(waste.nbytes)}
+        for waste in collection.waste
+    ]  # fmt: skip
+    if as_json:
+        console.print_json({"waste": rows, "notes": list(collection.notes)})
+    else:
+        console.print_table(rows, limit=200)
+        for text in collection.notes:
+            console.note(f"note: {text}")
+    console.note(f"{'would free' if dry_run else 'freed'} {format_nbytes(collection.nbytes)}")
+
+
 def run_row(run: Run) -> dict[str, Any]:
     """Return one run as a row of ``ls``."""
     manifest = run.manifest
@@ -76,11 +190,11 @@ def describe_run(run: Run) -> dict[str, Any]:
             {
                 "site": name,
                 "dims": "×".join(SITES[name].dims),
-                "shape": "×".join(map(str, run.array(name).shape)),
+                "shape": "×".join(map(str, _site_shape(run, name))),
                 "partitions": f"{len(manifest.sites[name])}/{len(manifest.partitions)}",
                 "size": format_nbytes(nbytes),
                 "nbytes": nbytes,
-                "first_object": shard_name(SITES[name], 0, manifest.sites[name][0]),
+                "first_object": object_name(SITES[name], 0, manifest.sites[name][0]),
             }
         )
     return {
@@ -101,6 +215,15 @@ def describe_run(run: Run) -> dict[str, Any]:
         "sites": sites,
         "captures": list(manifest.captures),
     }
+
+
+def _site_shape(run: Run, name: str) -> tuple[int, ...]:
+    """Return the array's shape as it lies on disk, or what the rows of ``attn_band`` count."""
+    if SITES[name].is_array:
+        return tuple(run.array(name).shape)
+    held = run.manifest.sites[name]
+    n_documents = sum(p.n_documents for p in run.manifest.partitions if p.index in held)
+    return n_documents, run.shape.n_layers, run.shape.n_heads
 
 
 def _equals(table: Any, column: str, value: str) -> Any:

@@ -53,7 +53,8 @@ def run_demo(lake: Path, report: Path, *, max_tokens: str = "16k") -> None:
     """
     from ..analyze.analyses import run_all
     from ..capture.execute import execute_plan
-    from ..capture.plan import CaptureSpec, plan_capture
+    from ..capture.plan import plan_capture
+    from ..capture.spec import CaptureSpec
 
     began = time.monotonic()
     text = lake.parent / "demo-text.jsonl"

@@ -1,0 +1,218 @@
+"""Zarr arrays read by hand: metadata, shards and chunks held against what a run or a model says of itself.
+
+Written from the Zarr v3 specification, with numpy, Blosc and CRC-32C alone: it shares nothing with the writer, and
+Zarr itself, which gives zeros for a chunk that is missing, is not asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+from numcodecs import blosc
+
+from .manifest import Manifest
+from .problem import Deviation, require
+from .sites import Site
+
+__all__ = [
+    "ShardCut",
+    "verify_array_metadata",
+    "verify_group_metadata",
+    "verify_shard",
+    "verify_weight_chunk",
+    "verify_weight_metadata",
+]
+
+Bytes = npt.NDArray[np.uint8]
+
+_ABSENT = 2**64 - 1
+
+_STORED = {"float16": ("float16", 2), "bfloat16": ("uint16", 2), "float32": ("float32", 4)}
+"""dtype of a run → name and bytes of a stored value."""
+
+_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
+"""The exponent's bits; all of them are set in infinities and in what is not a number, and in nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCut:
+    """How one shard is cut, and how much of it is used."""
+
+    n_series: int
+    """Independent sequences of chunks: 1, or one a head."""
+    n_chunks: int
+    """Chunks of a series, used or not."""
+    chunk_values: int
+    n_values: int
+    """Used values of a series, from the first on."""
+    dtype: str
+    """float16, bfloat16 or float32."""
+    codec: str
+    """none, lz4 or zstd."""
+
+    @classmethod
+    def of(cls, site: Site, manifest: Manifest, partition: int) -> ShardCut:
+        """Return the cut of a partition's shards of one site."""
+        geometry, shape = manifest.geometry, manifest.shape
+        (used,) = (p for p in manifest.partitions if p.index == partition)
+        chunk = geometry.chunk_rows[site.name]
+        n_pairs = geometry.partition_tokens * (geometry.context + 1) // 2
+        if site.rows == "pair":
+            return cls(shape.n_heads, n_pairs // chunk, chunk, used.n_pairs, manifest.dtype, manifest.codec)
+        width = shape.d_mlp if site.width_name == "d_mlp" else shape.d_model
+        return cls(
+            1, geometry.partition_tokens // chunk, chunk * width, used.n_rows * width, manifest.dtype, manifest.codec
+        )  # fmt: skip
+
+
+def verify_shard(content: bytes, cut: ShardCut) -> int:
+    """Decode every chunk of a shard, and return how many used values are not finite.
+
+    Raises
+    ------
+    Deviation
+        Index or chunks are damaged, a chunk is missing or one too many, or an unused value is not zero.
+    """
+    bits_dtype = "<u4" if cut.dtype == "float32" else "<u2"
+    chunk_nbytes = cut.chunk_values * _STORED[cut.dtype][1]
+    exponent, n_nonfinite = _EXPONENT[cut.dtype], 0
+    for number, chunk in _scan_chunks(content, cut):
+        raw = chunk if cut.codec == "none" else blosc.decompress(chunk)
+        require(f"bytes of chunk {number}", chunk_nbytes, len(raw))
+        bits = np.frombuffer(raw, dtype=bits_dtype)
+        n_used = min(cut.chunk_values, cut.n_values - number * cut.chunk_values)
+        n_nonfinite += int(np.count_nonzero((bits[:n_used] & exponent) == exponent))
+        require(f"values of chunk {number} after the last document", 0, int(np.count_nonzero(bits[n_used:])))
+    return n_nonfinite
+
+
+def _scan_chunks(content: bytes, cut: ShardCut) -> Iterator[tuple[int, Bytes]]:
+    """Yield the number within its series and the encoded bytes of each chunk, once its checksum is right."""
+    view = np.frombuffer(content, dtype=np.uint8)
+    body = len(content) - 16 * cut.n_series * cut.n_chunks - 4
+    if body < 0:
+        raise Deviation("bytes of the shard", f"at least {len(content) - body} for its index", len(content))
+    _require_crc32c("index", view[body:])
+    index: npt.NDArray[np.uint64] = np.frombuffer(content[body:-4], dtype="<u8").reshape(cut.n_series, -1, 2)
+    n_used = math.ceil(cut.n_values / cut.chunk_values)
+    is_absent = (index == _ABSENT).all(axis=-1)
+    require("chunks of each series that are there", n_used, _one((~is_absent).sum(axis=1)))
+    require("chunks that are there without a used row", 0, int((~is_absent[:, n_used:]).sum()))
+    places = index[:, :n_used].reshape(-1, 2)
+    starts, lengths = (places[:, column].astype(object) for column in (0, 1))
+    order = np.argsort(starts)
+    ends = np.cumsum(lengths[order])
+    require("start of each chunk", [0, *ends[:-1]], list(starts[order]))
+    require("end of the last chunk", body, ends[-1] if len(ends) else 0)
+    for place, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        series, number = divmod(place, n_used)
+        piece = view[start : start + length]
+        _require_crc32c(f"chunk {number} of series {series}", piece)
+        yield number, piece[:-4]
+
+
+def _one(counts: npt.NDArray[Any]) -> int | list[int]:
+    """Return the value that all have, or all of them."""
+    return int(counts[0]) if len(set(counts.tolist())) == 1 else counts.tolist()
+
+
+def _require_crc32c(what: str, sealed: Bytes) -> None:
+    """Raise Deviation unless the last four bytes are the CRC-32C of those before."""
+    found = google_crc32c.value(sealed[:-4])
+    require(
+        f"CRC-32C of the {what}", f"{int.from_bytes(sealed[-4:].tobytes(), 'little'):08x}", f"{found:08x}"
+    )
+
+
+def verify_array_metadata(metadata: Mapping[str, Any], site: Site, manifest: Manifest) -> None:
+    """Hold an array's ``zarr.json`` against the manifest; it may have room for more partitions.
+
+    Raises
+    ------
+    Deviation
+        The array is cut or encoded otherwise, or too small.
+    """
+    geometry, shape = manifest.geometry, manifest.shape
+    n_layers = shape.n_layers + (site.axis == "boundary")
+    chunk = geometry.chunk_rows[site.name]
+    room = 1 + max(p.index for p in manifest.partitions)
+    rows = geometry.partition_tokens
+    if site.rows == "pair":
+        rows = rows * (geometry.context + 1) // 2
+        whole, shard, inner, axis = [n_layers, shape.n_heads], [1, shape.n_heads, rows], [1, 1, chunk], 2
+    else:
+        width = shape.d_mlp if site.width_name == "d_mlp" else shape.d_model
+        whole, shard, inner, axis = [n_layers, width], [1, rows, width], [1, chunk, width], 1
+    _require_array(metadata, _STORED[manifest.dtype][0])
+    found = list(metadata["shape"])
+    length = found.pop(axis)
+    require("shape without the long axis", whole, found)
+    if length < room * rows or length % rows:
+        raise Deviation("length of the long axis", f"a multiple of {rows}, at least {room * rows}", length)
+    require("shape of a shard", shard, metadata["chunk_grid"]["configuration"]["chunk_shape"])
+    require("dimension names", list(site.dims), metadata["dimension_names"])
+    require("attribute dtype", manifest.dtype, metadata["attributes"].get("dtype"))
+    require("codecs", ["sharding_indexed"], [codec["name"] for codec in metadata["codecs"]])
+    sharding = metadata["codecs"][0]["configuration"]
+    require("shape of a chunk", inner, sharding["chunk_shape"])
+    require("place of the index", "end", sharding["index_location"])
+    plain = ["bytes little", "crc32c"]
+    require("codecs of the index", plain, _codec_names(sharding["index_codecs"]))
+    blosc_names = [] if manifest.codec == "none" else [f"blosc {manifest.codec}"]
+    require("codecs of a chunk", [plain[0], *blosc_names, plain[1]], _codec_names(sharding["codecs"]))
+
+
+def verify_group_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raise Deviation unless a ``zarr.json`` is that of a group."""
+    require("zarr_format", 3, metadata["zarr_format"])
+    require("node type", "group", metadata["node_type"])
+
+
+def verify_weight_metadata(metadata: Mapping[str, Any], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Hold the ``zarr.json`` of a weight against its shape, and return the place of each chunk that must exist.
+
+    Raises
+    ------
+    Deviation
+        The weight has another shape, or is encoded otherwise.
+    """
+    _require_array(metadata, "float32")
+    require("shape", list(shape), metadata["shape"])
+    require("codecs", ["bytes little", "crc32c"], _codec_names(metadata["codecs"]))
+    chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    counts = [math.ceil(length / size) for length, size in zip(shape, chunk, strict=True)]
+    return [tuple(place) for place in np.ndindex(*counts)]
+
+
+def verify_weight_chunk(content: bytes, chunk_shape: tuple[int, ...]) -> None:
+    """Raise Deviation unless a chunk has its length and its checksum."""
+    require("bytes", 4 * math.prod(chunk_shape) + 4, len(content))
+    _require_crc32c("chunk", np.frombuffer(content, dtype=np.uint8))
+
+
+def _require_array(metadata: Mapping[str, Any], dtype: str) -> None:
+    require("zarr_format", 3, metadata["zarr_format"])
+    require("node type", "array", metadata["node_type"])
+    require("data type", dtype, metadata["data_type"])
+    require("chunk grid", "regular", metadata["chunk_grid"]["name"])
+    encoding = metadata["chunk_key_encoding"]
+    require("names of chunks", ("default", "/"), (encoding["name"], encoding["configuration"]["separator"]))
+    require("fill value", 0, metadata["fill_value"])
+
+
+def _codec_names(codecs: list[Mapping[str, Any]]) -> list[str]:
+    """Return each codec's name with the setting that decides how it is decoded."""
+    return [
+        " ".join(
+            filter(
+                None, [codec["name"], *(codec.get("configuration", {}).get(k) for k in ("endian", "cname"))]
+            )
+        )
+        for codec in codecs
+    ]

@@ -1,0 +1,267 @@
+"""One run, inspected: its log against its objects, their checksums, and the account of its rows."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .accounting import DocumentPart, read_document_part, verify_attn_band, verify_token_part
+from .arrays import ShardCut, verify_array_metadata, verify_group_metadata, verify_shard
+from .inspection import Inspection, open_sealed_parquet, read_sealed_json
+from .layout import activations_path, log_path, part_path, run_path, wip_path
+from .manifest import Manifest
+from .problem import Deviation, require
+from .references import Key, find_lost_snapshots, named_objects, object_keys
+from .reservation import COLLECTING, REMOVING, reservation_path
+from .sites import SITES, Site
+
+__all__ = ["inspect_run"]
+
+Record = Mapping[str, Any]
+
+
+def inspect_run(inspection: Inspection, run_id: str) -> Manifest | None:
+    """Read all that the snapshots of a run name, and return the newest snapshot; None where there is none.
+
+    What an open capture has written so far is noted; of it, only what carries a seal is read.
+    """
+    # Listed first, and its log last: what is committed in between is then not taken for an orphan.
+    present = dict(inspection.store.walk(run_path(run_id)))
+    holder = _holder(inspection, run_id, present)
+    if holder == REMOVING:
+        inspection.notes.append(
+            f"Run {run_id} is being removed, or that was interrupted: layerlake rm finishes it."
+        )
+        return None
+    snapshots = _inspect_log(inspection, run_id)
+    named = {name for manifest in snapshots.values() if manifest for name in named_objects(manifest)}
+    plan = _inspect_work(inspection, run_id, present, holder)
+    if None not in snapshots.values():
+        parts = (name for name in present if name.startswith(f"{run_path(run_id)}/objects/"))
+        # gone since: an abandoned capture's, which somebody removes at this moment
+        parts_there = [name for name in parts if name in named or inspection.store.exists(name)]
+        lost = find_lost_snapshots(run_id, snapshots, parts_there, named, holder)
+        extends = plan["manifest"]["number"] if plan else 0
+        lost += [log_path(run_id, number) for number in range(max(snapshots, default=0) + 1, extends + 1)]
+        for name in dict.fromkeys(lost):
+            inspection.miss(name, "snapshot")
+    newest = next((manifest for _, manifest in sorted(snapshots.items(), reverse=True) if manifest), None)
+    if newest is None and snapshots:
+        inspection.notes.append(
+            f"What lies in run {run_id} was not looked at: no snapshot of it can be read."
+        )
+    if newest is not None:
+        _inspect_arrays(inspection, newest)
+        documents = _inspect_rows(inspection, newest)
+        records = _inspect_records(inspection, newest)
+        _inspect_values(inspection, newest, records, documents)
+    work = f"{run_path(run_id)}/wip/"
+    orphans = [
+        name for name in present if name not in named and not name.startswith((work, _log_folder(run_id)))
+    ]
+    if orphans and plan is None and None not in snapshots.values():
+        nbytes = sum(present[name] for name in orphans)
+        inspection.notes.append(
+            f"Run {run_id} has {len(orphans)} objects ({nbytes:,} bytes) that no snapshot names, "
+            f"{orphans[0]} among them: layerlake gc removes them."
+        )
+    return newest
+
+
+def _log_folder(run_id: str) -> str:
+    return f"{run_path(run_id)}/log/"
+
+
+def _holder(inspection: Inspection, run_id: str, present: Mapping[str, int]) -> str | None:
+    """Return who holds a run (:mod:`layerlake.catalog.reservation`)."""
+    path = reservation_path(run_id)
+    if path not in present:
+        return None
+    return inspection.examine(
+        path, lambda content: str(read_sealed_json(content)["capture_id"]), is_optional=True
+    )
+
+
+# -- the log ------------------------------------------------------------------------------------
+
+
+def _inspect_log(inspection: Inspection, run_id: str) -> dict[int, Manifest | None]:
+    """Read every snapshot of a log: number → snapshot, None where it is damaged."""
+    snapshots: dict[int, Manifest | None] = {}
+    before: Manifest | None = None
+    for name in inspection.store.list(_log_folder(run_id).rstrip("/")):
+        path = f"{_log_folder(run_id)}{name}"
+        digits = name.removesuffix(".json")
+        if not digits.isdecimal() or path != log_path(run_id, int(digits)):
+            inspection.report(path, Deviation("name", "eight digits and .json", name))
+            continue
+        number = int(digits)
+        read = partial(_read_snapshot, run_id=run_id, number=number, before=before)
+        snapshots[number] = manifest = inspection.examine(path, read)
+        before = manifest or before
+    return snapshots
+
+
+def _read_snapshot(content: bytes, run_id: str, number: int, before: Manifest | None) -> Manifest:
+    """Return a snapshot that agrees with itself, and names all that the one before it names."""
+    manifest = Manifest.from_json(read_sealed_json(content))
+    require("run and number", (run_id, number), (manifest.run_id, manifest.number))
+    indices = [partition.index for partition in manifest.partitions]
+    require("partitions, in order", sorted(set(indices)), indices)
+    require("sites that are unknown", [], [name for name in manifest.sites if name not in SITES])
+    for name, held in manifest.sites.items():
+        require(f"partitions of {name} that the run does not have", [], sorted(set(held) - set(indices)))
+    require("parts of documents", manifest.parts.get("tokens"), manifest.parts.get("documents"))
+    n_rows, n_documents = (
+        sum(getattr(p, field) for p in manifest.partitions) for field in ("n_rows", "n_documents")
+    )
+    require("tokens of all partitions", n_rows, manifest.n_tokens)
+    require("documents of all partitions", n_documents, manifest.n_documents)
+    if before is not None:
+        for what in ("model_id", "shape", "identity", "geometry", "dtype", "codec"):
+            require(f"{what} of the run", getattr(before, what), getattr(manifest, what))
+        missing = named_objects(before) - named_objects(manifest) - {log_path(run_id, before.number)}
+        require("objects that snapshots before it name, and it does not", [], sorted(missing))
+    return manifest
+
+
+def _inspect_work(
+    inspection: Inspection, run_id: str, present: Mapping[str, int], holder: str | None
+) -> dict[str, Any] | None:
+    """Read the seals of an open capture's notes, and return its frozen plan; None where none is open."""
+    plan = None
+    for name in sorted(present):
+        if name.startswith(f"{run_path(run_id)}/wip/") and name != reservation_path(run_id):
+            value = inspection.examine(name, read_sealed_json, is_optional=True)
+            plan = value if name == f"{wip_path(run_id, str(holder))}/plan.json" else plan
+    if holder == COLLECTING:
+        inspection.notes.append(
+            f"Run {run_id} is held by layerlake gc; if that was interrupted, run it again."
+        )
+    elif holder is not None:
+        ledgers = sum(name.startswith(f"{wip_path(run_id, holder)}/ledgers/") for name in present)
+        of_all = f" of {len(plan['work'])}" if plan else ""
+        inspection.notes.append(
+            f"A capture of run {run_id} is open ({holder}): {ledgers}{of_all} partitions are written."
+        )
+    return plan
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+def _inspect_rows(inspection: Inspection, manifest: Manifest) -> list[DocumentPart | None]:
+    """Hold documents and tokens against each other and the manifest; None stands for a part that is damaged."""
+    parts: list[DocumentPart | None] = []
+    n_before: int | None = 0
+    for name in manifest.parts.get("documents", ()):
+        read = partial(read_document_part, manifest=manifest, first=n_before)
+        part = inspection.examine(part_path(manifest.run_id, "documents", name), read)
+        parts.append(part)
+        n_before = n_before + part.n_all if part and n_before is not None else None
+    for name, part in zip(manifest.parts.get("tokens", ()), parts, strict=False):
+        path = part_path(manifest.run_id, "tokens", name)
+        if part is None:
+            inspection.examine(path, open_sealed_parquet)
+        else:
+            inspection.examine(path, partial(verify_token_part, part=part, shape=manifest.shape))
+    whole = [part for part in parts if part]
+    if len(whole) == len(parts):
+        with inspection.of(log_path(manifest.run_id, manifest.number)):
+            held = [int(index) for part in whole for index in np.unique(part.partitions)]
+            require("partitions of its documents", [p.index for p in manifest.partitions], held)
+            require("documents that are cut", sum(part.n_cut for part in whole), manifest.n_cut)
+            require("documents that are refused", sum(part.n_refused for part in whole), manifest.n_refused)
+    return parts
+
+
+def _inspect_records(inspection: Inspection, manifest: Manifest) -> dict[Key, Record] | None:
+    """Return the record of each object of the manifest; None unless all parts of ``objects`` are whole."""
+    keys = object_keys(manifest)
+    records: dict[Key, Record] = {}
+
+    def read(content: bytes) -> dict[Key, Record]:
+        found: dict[Key, Record] = {}
+        for record in open_sealed_parquet(content).read().to_pylist():
+            key = (record["site"], record["layer"], record["partition"])
+            require(f"records of {record['name']}", 1, 1 + (key in found) + (key in records))
+            require("name of an object of the manifest", keys.get(key), record["name"])
+            found[key] = record
+        return found
+
+    is_whole = True
+    for part in manifest.parts.get("objects", ()):
+        found = inspection.examine(part_path(manifest.run_id, "objects", part), read)
+        records |= found or {}
+        is_whole &= found is not None
+    if not is_whole:
+        return None
+    with inspection.of(log_path(manifest.run_id, manifest.number)):
+        require("objects without a record", [], [name for key, name in keys.items() if key not in records])
+    return records
+
+
+# -- values -------------------------------------------------------------------------------------
+
+
+def _inspect_arrays(inspection: Inspection, manifest: Manifest) -> None:
+    """Read the ``zarr.json`` of the run's group and arrays."""
+    folder = activations_path(manifest.run_id)
+    inspection.examine(
+        f"{folder}/zarr.json", lambda content: verify_group_metadata(read_sealed_json(content))
+    )
+    for site in (SITES[name] for name in manifest.sites if SITES[name].is_array):
+        inspection.examine(
+            f"{folder}/{site.name}/zarr.json", partial(_verify_array, site=site, manifest=manifest)
+        )
+
+
+def _verify_array(content: bytes, site: Site, manifest: Manifest) -> None:
+    verify_array_metadata(read_sealed_json(content), site, manifest)
+
+
+def _inspect_values(
+    inspection: Inspection,
+    manifest: Manifest,
+    records: Mapping[Key, Record] | None,
+    parts: list[DocumentPart | None],
+) -> None:
+    """Read every object of every site; count the values that are not finite against those that captures counted."""
+    keys = object_keys(manifest)
+    verify = partial(_verify_object, manifest=manifest, parts=parts)
+    found = inspection.examine_all(
+        (f"{run_path(manifest.run_id)}/{name}", partial(verify, key=key, record=(records or {}).get(key)))
+        for key, name in keys.items()
+    )
+    n_found: Counter[str] = Counter()
+    for (site, _, _), n in zip(keys, found, strict=True):
+        n_found[site] += n or 0
+    n_told = sum(
+        (Counter(entry["nonfinite"]) for entry in manifest.captures if "nonfinite" in entry), Counter[str]()
+    )
+    with inspection.of(log_path(manifest.run_id, manifest.number)):
+        # Captures may count more: a weight that is not a number stands above the diagonal too, where none is stored.
+        untold = {site: n for site, n in n_found.items() if n > n_told[site]}
+        require("values that are not finite, and no capture counted", {}, untold)
+
+
+def _verify_object(
+    content: bytes, key: Key, manifest: Manifest, record: Record | None, parts: list[DocumentPart | None]
+) -> int:
+    """Hold an object against its record, then decode it; return how many of its values are not finite."""
+    if record is not None:
+        require("bytes", record["nbytes"], len(content))
+        require("CRC-32", record["crc32"], f"{zlib.crc32(content):08x}")
+    site, _, partition = key
+    if SITES[site].is_array:
+        return verify_shard(content, ShardCut.of(SITES[site], manifest, partition))
+    documents = next((part for part in parts if part and partition in part.partitions), None)
+    if documents is None:  # its part of the table is damaged: there is nothing to hold this against
+        open_sealed_parquet(content)
+        return 0
+    return verify_attn_band(content, *documents.of_partition(partition), manifest.shape)

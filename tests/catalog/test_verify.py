@@ -1,0 +1,392 @@
+"""Verify is green on what was written, and red, naming the object, after any byte of it has changed or it is gone."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.catalog.wreckage import add_finding
+from tests.conftest import build_run
+
+from layerlake.catalog.errors import DamagedLake, FormatError, LakeNotFound, RunNotFound
+from layerlake.catalog.lake import create_lake
+from layerlake.catalog.layout import log_path, part_path, run_path
+from layerlake.catalog.reservation import COLLECTING, REMOVING, reserve_run
+from layerlake.catalog.run import Run
+from layerlake.catalog.seal import seal_json
+from layerlake.catalog.stores import Store
+from layerlake.catalog.tables import OBJECTS, to_parquet
+from layerlake.catalog.verify import Verification, verify_lake, verify_run
+
+MakeRun = Callable[..., Run]
+
+
+def problems(store: Store) -> set[str]:
+    """The objects that verify names."""
+    try:
+        found = verify_lake(store).problems
+    except DamagedLake as damaged:
+        found = damaged.verification.problems
+    return {problem.object for problem in found}
+
+
+@pytest.fixture(scope="module")
+def everything() -> Store:
+    """A lake in memory with two runs and a finding."""
+    url = "memory://verify"
+    build_run(url, lengths=(5, 9), name="other", dtype="bfloat16", sites=("resid", "pattern", "attn_band"))
+    add_finding(build_run(url))
+    return Store(url)
+
+
+@pytest.fixture
+def spoilt(everything: Store) -> Iterator[dict[str, bytes]]:
+    """What the lake's objects were; they are that again afterwards."""
+    contents = {name: everything.read(name) for name, _ in everything.walk()}
+    yield contents
+    for name, content in contents.items():
+        everything.write(name, content)
+
+
+def test_a_whole_lake_is_read_to_the_last_byte(everything: Store) -> None:
+    found = verify_lake(everything)
+    sizes = dict(everything.walk())
+    assert (found.problems, found.notes) == ((), ())
+    assert (found.n_runs, found.n_models, found.n_findings) == (2, 2, 2)
+    assert (found.n_objects, found.nbytes) == (len(sizes), sum(sizes.values()))
+    one = verify_run(everything, "tiny")
+    assert (one.n_runs, one.n_models, one.n_findings) == (1, 1, 2)
+    assert json.loads(json.dumps(one.to_json()))["problems"] == []
+
+
+def test_any_object_that_is_gone_is_named(everything: Store, spoilt: dict[str, bytes]) -> None:
+    main = next(name for name in spoilt if name.startswith("findings/lens/"))
+    for name, content in spoilt.items():
+        everything.delete(name)
+        # nothing names a finding but its own main table
+        assert problems(everything) == ({name} if name != main else set()), name
+        everything.write(name, content)
+
+
+def test_any_object_with_a_changed_byte_is_named(everything: Store, spoilt: dict[str, bytes]) -> None:
+    chance = np.random.default_rng(0)
+    for name, content in spoilt.items():
+        place = [0, len(content) - 1, int(chance.integers(len(content)))][chance.integers(3)]
+        everything.write(name, flip(content, place, 1 << int(chance.integers(8))))
+        assert problems(everything) == {name}, (name, place)
+        everything.write(name, content)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_changed_byte_shows(everything: Store, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(name for name, _ in everything.walk())))
+    content = everything.read(name)
+    place = data.draw(st.integers(0, len(content) - 1))
+    everything.write(name, flip(content, place, data.draw(st.integers(1, 255))))
+    try:
+        assert problems(everything) == {name}
+    finally:
+        everything.write(name, content)
+
+
+@pytest.mark.parametrize("change", [lambda c: c[:-1], lambda c: c + b"\0", lambda _: b""])
+def test_an_object_of_another_length_is_named(
+    everything: Store, spoilt: dict[str, bytes], change: Callable[[bytes], bytes]
+) -> None:
+    kinds = ("layerlake.json", "zarr.json", ".parquet", "/c/0", "/c/0/1/0", "/c/1/0/0", "/log/00000001.json")
+    for name in {next(name for name in spoilt if name.endswith(kind)) for kind in kinds}:
+        everything.write(name, change(spoilt[name]))
+        assert problems(everything) == {name}
+        everything.write(name, spoilt[name])
+
+
+def flip(content: bytes, place: int, bits: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ bits]) + content[place + 1 :]
+
+
+def test_shards_that_have_changed_places_are_both_named(everything: Store, spoilt: dict[str, bytes]) -> None:
+    one, two = sorted(name for name in spoilt if "/resid/c/1/" in name and "tiny" in name)[:2]
+    everything.write(one, spoilt[two])
+    everything.write(two, spoilt[one])
+    assert problems(everything) == {one, two}
+
+
+# -- sealed, and yet wrong: what a faulty writer would leave -------------------------------------
+
+
+def rewrite_part(run: Run, table: str, change: Callable[[list[dict[str, Any]]], object]) -> str:
+    """Change the rows of a table's part, and seal it again."""
+    path = part_path(run.run_id, table, run.manifest.parts[table][0])
+    held = pq.read_table(io.BytesIO(run.store.read(path)))
+    rows = held.to_pylist()
+    change(rows)
+    run.store.write(path, to_parquet(pa.Table.from_pylist(rows, held.schema)))
+    return path
+
+
+def swap_documents(rows: list[dict[str, Any]]) -> None:
+    rows[0], rows[1] = rows[1], rows[0]
+
+
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        ("documents", lambda rows: rows.pop(1)),
+        ("documents", lambda rows: rows.append(rows[-1])),
+        ("documents", swap_documents),
+        ("documents", lambda rows: rows[1].update(row_start=rows[1]["row_start"] + 1)),
+        ("documents", lambda rows: rows[1].update(pair_start=rows[1]["pair_start"] - 1)),
+        ("documents", lambda rows: rows[1].update(partition=1)),
+        ("documents", lambda rows: rows[1].update(status="lost")),
+        ("documents", lambda rows: rows[1].update(status="refused")),
+        ("documents", lambda rows: rows[1].update(status="cut")),
+        ("documents", lambda rows: rows[1].update(n_tokens=rows[1]["n_tokens"] + 1)),
+        ("documents", lambda rows: rows[1].update(document=7)),
+        ("tokens", lambda rows: rows.pop()),
+        ("tokens", lambda rows: rows.append(rows[-1])),
+        ("tokens", lambda rows: rows[3].update(row=rows[3]["row"] + 1)),
+        ("tokens", lambda rows: rows[3].update(document=1)),
+        ("tokens", lambda rows: rows[3].update(position=2)),
+        ("tokens", lambda rows: rows[3].update(token_id=24)),
+        ("objects", lambda rows: rows.append(rows[0])),
+        ("objects", lambda rows: rows[0].update(partition=9)),
+        ("objects", lambda rows: rows[0].update(name=rows[1]["name"])),
+    ],
+)  # fmt: skip
+def test_rows_that_do_not_add_up_are_found(
+    run: Run, table: str, change: Callable[[list[dict[str, Any]]], object]
+) -> None:
+    path = rewrite_part(run, table, change)
+    assert path in problems(run.store)
+
+
+def test_a_partition_without_documents_is_found(run: Run) -> None:
+    rewrite_part(run, "documents", lambda rows: rows.pop())
+    assert log_path(run.run_id, 1) in problems(run.store)
+
+
+def test_a_missing_record_is_found(run: Run) -> None:
+    rewrite_part(run, "objects", lambda rows: rows.pop())
+    assert problems(run.store) == {log_path(run.run_id, 1)}
+
+
+@pytest.mark.parametrize("crc32", ["00000000", None])
+def test_a_shard_is_read_to_its_chunks_though_its_record_fits(run: Run, crc32: str | None) -> None:
+    """What was damaged before its checksum was taken."""
+    name = "activations.zarr/resid/c/1/0/0"
+    path = f"{run_path(run.run_id)}/{name}"
+    content = flip(run.store.read(path), 40, 1)
+    run.store.write(path, content)
+    told = crc32 or f"{zlib.crc32(content):08x}"
+
+    def record(rows: list[dict[str, Any]]) -> None:
+        next(row for row in rows if row["name"] == name)["crc32"] = told
+
+    rewrite_part(run, "objects", record)
+    with pytest.raises(
+        DamagedLake, match="CRC-32C of the chunk 0" if crc32 is None else "CRC-32: "
+    ) as caught:
+        verify_lake(run.store)
+    assert {problem.object for problem in caught.value.verification.problems} == {path}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("layer", 1),
+        ("head", 1),
+        ("document", 4),
+        ("queries", "late"),
+        ("bos_count", 9),
+        ("distance_counts", [0] * 17),
+    ],
+)
+def test_rows_of_attn_band_are_accounted_for(run: Run, column: str, value: object) -> None:
+    name = "attn_band/part-00000000.parquet"
+    path = f"{run_path(run.run_id)}/{name}"
+    held = pq.read_table(io.BytesIO(run.store.read(path)))
+    rows = held.to_pylist()
+    rows[0][column] = value
+    content = to_parquet(pa.Table.from_pylist(rows, held.schema))
+    run.store.write(path, content)
+
+    def record(records: list[dict[str, Any]]) -> None:
+        mine = next(record for record in records if record["name"] == name)
+        mine |= {"nbytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+
+    rewrite_part(run, "objects", record)
+    with pytest.raises(DamagedLake, match=column) as caught:
+        verify_lake(run.store)
+    assert {problem.object for problem in caught.value.verification.problems} == {path}
+
+
+def rewrite_manifest(run: Run, **fields: object) -> str:
+    path = log_path(run.run_id, 1)
+    run.store.write(path, seal_json(run.manifest.to_json() | fields))
+    return path
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n_tokens": 37},
+        {"n_documents": 4},
+        {"n_cut": 1},
+        {"n_refused": 1},
+        {"number": 2},
+        {"run_id": "other"},
+        {"sites": {"resid": [0, 1, 2, 7]}},
+        {"sites": {"resid_mid": [0]}},
+        {"partitions": []},
+        {"parts": {}},
+    ],
+)
+def test_a_manifest_that_does_not_add_up_is_found(run: Run, fields: dict[str, object]) -> None:
+    assert rewrite_manifest(run, **fields) in problems(run.store)
+
+
+@pytest.mark.parametrize(
+    ("array", "change"),
+    [
+        ("resid", {"shape": [3, 32, 8]}),
+        ("resid", {"fill_value": 1.0}),
+        ("resid", {"dimension_names": ["layer", "token", "d_model"]}),
+        ("pattern", {"data_type": "float64"}),
+        ("pattern", {"codecs": []}),
+        ("mlp_post", {"attributes": {}}),
+    ],
+)
+def test_an_array_that_is_not_cut_as_the_manifest_says_is_found(
+    run: Run, array: str, change: dict[str, object]
+) -> None:
+    path = f"{run_path(run.run_id)}/activations.zarr/{array}/zarr.json"
+    held = json.loads(run.store.read(path))
+    held["attributes"].pop("checksum")
+    run.store.write(path, seal_json(held | {"shape": [length * 2 for length in held["shape"]]} | change))
+    assert problems(run.store) == {path}
+
+
+def test_an_array_with_room_for_more_is_whole(run: Run) -> None:
+    path = f"{run_path(run.run_id)}/activations.zarr/resid/zarr.json"
+    held = json.loads(run.store.read(path))
+    held["shape"][1] *= 2
+    run.store.write(path, seal_json(held))
+    assert problems(run.store) == set()
+
+
+def test_values_that_are_not_finite_must_have_been_counted(make_run: MakeRun) -> None:
+    values = np.random.default_rng(0).standard_normal((2, 36, 8)).astype(np.float32)
+    values[1, 20, 3] = np.inf
+    run = make_run(values={"attn_out": values})
+    with pytest.raises(DamagedLake, match=r"log/00000001.*not finite.*'attn_out': 1"):
+        verify_lake(run.store)
+    (entry,) = run.manifest.captures
+    rewrite_manifest(run, captures=[entry | {"nonfinite": {"attn_out": 1}}])
+    assert problems(run.store) == set()
+
+
+# -- the log, and what is not damage --------------------------------------------------------------
+
+
+def append_snapshot(run: Run) -> None:
+    """Commit a second capture that adds nothing but its records."""
+    part = "part-second"
+    run.store.write(part_path(run.run_id, "objects", part), to_parquet(OBJECTS.empty_table()))
+    following = run.manifest.to_json()
+    following |= {
+        "number": 2,
+        "parts": following["parts"] | {"objects": [*run.manifest.parts["objects"], part]},
+    }
+    run.store.write(log_path(run.run_id, 2), seal_json(following))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_log_without_one_of_its_snapshots_is_damaged(run: Run, number: int) -> None:
+    append_snapshot(run)
+    assert problems(run.store) == set()
+    run.store.delete(log_path(run.run_id, number))
+    assert problems(run.store) == {log_path(run.run_id, number)}
+
+
+def test_a_snapshot_that_forgets_is_damaged(run: Run) -> None:
+    append_snapshot(run)
+    path = log_path(run.run_id, 2)
+    held = json.loads(run.store.read(path))
+    held["sites"].pop("mlp_out")
+    run.store.write(path, seal_json(held))
+    assert problems(run.store) == {path}
+
+
+def test_an_open_capture_and_what_it_has_written_are_no_damage(run: Run) -> None:
+    work = f"{run_path(run.run_id)}/wip"
+    reserve_run(run.store, run.run_id, "abc")
+    run.store.write_json(f"{work}/abc/plan.json", {"manifest": {"number": 1}, "work": [1, 2, 3]})
+    run.store.write_json(f"{work}/abc/ledgers/00000003.json", {})
+    run.store.write(part_path(run.run_id, "objects", "part-abc"), b"not yet of the run")
+    found = verify_lake(run.store)
+    assert found.notes == (f"A capture of run {run.run_id} is open (abc): 1 of 3 partitions are written.",)
+    for name in ("plan.json", "ledgers/00000003.json"):
+        content = run.store.read(f"{work}/abc/{name}")
+        run.store.write(f"{work}/abc/{name}", flip(content, 3, 4))
+        assert problems(run.store) == {f"{work}/abc/{name}"}
+        run.store.write(f"{work}/abc/{name}", content)
+    # it extends a snapshot that is gone
+    run.store.delete(log_path(run.run_id, 1))
+    assert problems(run.store) == {log_path(run.run_id, 1)}
+
+
+@pytest.mark.parametrize("holder", [REMOVING, COLLECTING])
+def test_a_removal_at_work_is_no_damage(run: Run, holder: str) -> None:
+    reserve_run(run.store, run.run_id, holder)
+    if holder == REMOVING:
+        run.store.delete(log_path(run.run_id, 1))
+    found = verify_lake(run.store)
+    assert any(f"layerlake {holder}" in note for note in found.notes)
+
+
+def test_what_nothing_names_is_noted_and_not_damage(run: Run) -> None:
+    add_finding(run)
+    run.store.write(f"{run_path(run.run_id)}/activations.zarr/resid/c/9/9/0", b"orphan")
+    run.store.write("models/unused/vocab.parquet", b"orphan")
+    run.store.write("findings/lens/0123/notes.txt", b"orphan")
+    notes = verify_lake(run.store).notes
+    assert len(notes) == 3
+    for word in ("no snapshot names", "unused", "notes.txt"):
+        assert any(word in note for note in notes)
+
+
+def test_a_finding_whose_main_table_is_not_written_is_noted(run: Run) -> None:
+    main = min(add_finding(run))
+    run.store.delete(main)
+    (note,) = verify_lake(run.store).notes
+    assert "was not written to its end" in note
+
+
+def test_a_finding_under_another_digest_is_damaged(run: Run) -> None:
+    main = min(add_finding(run))
+    path = "findings/lens/0123456789abcdef/part-00000.parquet"
+    run.store.write(path, run.store.read(main))
+    assert problems(run.store) == {path}
+
+
+def test_there_must_be_something_to_verify(tmp_path: Path, run: Run) -> None:
+    with pytest.raises(LakeNotFound):
+        verify_lake(Store(tmp_path / "nowhere"))
+    with pytest.raises(RunNotFound, match="Did you mean"):
+        verify_lake(run.store, [run.run_id + "0"])
+    run.store.write("layerlake.json", seal_json({"format_version": 2}))
+    with pytest.raises(FormatError):
+        verify_lake(run.store)
+    empty = create_lake("memory://empty-lake")
+    assert verify_lake(empty) == Verification((), (), 0, 0, 0, 1, len(empty.read("layerlake.json")))

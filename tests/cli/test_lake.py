@@ -1,0 +1,117 @@
+"""verify, rm and gc as a user meets them, on a run made from numbers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from layerlake.catalog.layout import run_path
+from layerlake.catalog.reservation import reserve_run
+from layerlake.catalog.run import Run
+from layerlake.cli import main
+
+
+@dataclass
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def layerlake(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run ``layerlake ARGUMENTS``."""
+
+    def call(*arguments: str) -> Result:
+        capsys.readouterr()
+        code = 0
+        try:
+            main(list(arguments))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def run(make_run: Callable[..., Run]) -> Run:
+    return make_run()
+
+
+def test_verify_says_how_much_it_has_read(layerlake: Callable[..., Result], run: Run) -> None:
+    result = layerlake("verify", run.store.url)
+    assert (result.code, result.out) == (0, "")
+    assert "read 63 objects" in result.err
+    assert "1 runs, 1 models, 0 tables of findings" in result.err
+    assert json.loads(layerlake("verify", run.store.url, "--run", "tiny", "--json").out)["objects"] == 63
+
+
+def test_verify_is_red_and_names_the_object(layerlake: Callable[..., Result], run: Run) -> None:
+    gone, changed = (f"{run_path(run.run_id)}/activations.zarr/resid/c/{layer}/0/0" for layer in (0, 1))
+    run.store.delete(gone)
+    run.store.write(changed, b"something else")
+    result = layerlake("verify", run.store.url)
+    assert result.code == 1
+    assert gone in result.out
+    assert changed in result.out
+    assert "error: " in result.err
+    assert "objects: 2" in result.err
+    assert "hint: " in result.err
+    as_json = layerlake("verify", run.store.url, "--json")
+    assert as_json.code == 1
+    assert [problem["object"] for problem in json.loads(as_json.out)["problems"]] == [gone, changed]
+
+
+def test_verify_of_nothing_is_the_users_mistake(layerlake: Callable[..., Result], run: Run) -> None:
+    assert layerlake("verify", run.store.url + "x").code == 2
+    assert layerlake("verify", run.store.url, "--run", "x").code == 2
+
+
+def test_rm_asks_and_says_what_goes(layerlake: Callable[..., Result], run: Run) -> None:
+    url = run.store.url
+    result = layerlake("rm", url, "tiny", "--dry-run")
+    assert (result.code, run.run_id in result.out) == (0, True)
+    asked = layerlake("rm", url, "tiny")
+    assert asked.code == 2
+    assert "--yes" in asked.err
+    assert layerlake("verify", url).code == 0
+    done = layerlake("rm", url, "tiny", "--yes", "--json")
+    (row,) = json.loads(done.out)
+    assert (done.code, row["run"], row["findings"]) == (0, run.run_id, 0)
+    assert "removed" in done.err
+    assert json.loads(layerlake("ls", url, "--json").out) == []
+    assert layerlake("rm", url, "tiny", "--yes").code == 2
+
+
+def test_rm_refuses_a_run_with_an_open_capture(layerlake: Callable[..., Result], run: Run) -> None:
+    reserve_run(run.store, run.run_id, "abc")
+    refused = layerlake("rm", run.store.url, run.run_id, "--yes")
+    assert refused.code == 2
+    assert "held by abc" in refused.err
+    assert "--force" in refused.err
+    assert layerlake("rm", run.store.url, run.run_id, "--yes", "--force").code == 0
+
+
+def test_gc_frees_what_it_says_it_would(layerlake: Callable[..., Result], run: Run) -> None:
+    url = run.store.url
+    run.store.write(f"{run_path(run.run_id)}/tokens/part-lost.parquet", b"orphan")
+    reserve_run(run.store, run.run_id, "abc")
+    young = layerlake("gc", url)
+    assert (young.code, young.out) == (0, "")
+    assert "is left alone" in young.err
+    planned = layerlake("gc", url, "--older-than", "0s", "--dry-run", "--json")
+    done = layerlake("gc", url, "--older-than", "0s", "--json")
+    assert [row["kind"] for row in json.loads(done.out)["waste"]] == ["abandoned capture"]
+    assert [row["objects"] for row in json.loads(done.out)["waste"]] == [2]
+    assert json.loads(planned.out)["waste"][0]["objects"] == 2
+    assert "would free" in planned.err
+    assert "freed" in done.err
+    assert layerlake("gc", url, "--older-than", "0s").out == ""
+    wrong = layerlake("gc", url, "--older-than", "yesterday")
+    assert (wrong.code, "24h" in wrong.err) == (2, True)
