@@ -7,22 +7,36 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..catalog.errors import AnalysisError, SiteNotFound, did_you_mean
-from ..catalog.findings import Finding, FindingKey, merge_findings, read_finding, write_finding
+from ..catalog.findings import (
+    Finding,
+    FindingKey,
+    list_findings,
+    merge_findings,
+    newest_findings,
+    read_finding,
+    state_view,
+    write_finding,
+)
 from ..catalog.lake import Lake
 from ..catalog.run import Run
 from ..catalog.sites import ANALYSIS_SITES
-from .attention import ATTENTION_VERSION, ATTENTION_VIEWS, AttentionOptions, compute_attention
-from .cka import CKA_VERSION, CKA_VIEWS, CkaOptions, compute_cka
+from ..catalog.stores import Store
+from .attention import ATTENTION_VERSION, ATTENTION_VIEWS, AttentionOptions, AttentionStatistic
+from .cka import CKA_VERSION, CKA_VIEWS, CkaOptions, CkaStatistic
 from .ing import ING_VERSION, ING_VIEWS, IngOptions, compute_ing
-from .lens import LENS_VERSION, LENS_VIEWS, LensOptions, compute_lens
-from .neurons import NEURONS_VERSION, NEURONS_VIEWS, NeuronOptions, compute_neurons
-from .norms import NORMS_VERSION, NORMS_VIEWS, NormsOptions, compute_norms
-from .reduce import require_scheduler
-from .statistic import choose_sites
-from .subjoiner import SUBJOINER_VERSION, SUBJOINER_VIEWS, SubjoinerOptions, compute_subjoiner
-from .wic import WIC_VERSION, WIC_VIEWS, WicOptions, compute_wic
+from .lens import LENS_VERSION, LENS_VIEWS, LensOptions, LensStatistic
+from .neurons import NEURONS_VERSION, NEURONS_VIEWS, NeuronOptions, NeuronStatistic
+from .norms import NORMS_VERSION, NORMS_VIEWS, NormsOptions, NormsStatistic
+from .reduce import reduce_statistic, require_scheduler
+from .statistic import State, Statistic, choose_sites
+from .subjoiner import SUBJOINER_VERSION, SUBJOINER_VIEWS, SubjoinerOptions, SubjoinerStatistic
+from .wic import WIC_VERSION, WIC_VIEWS, WicOptions, WicStatistic
+
+_STATE_NBYTES = 64 << 20
+"""Larger states are not kept: a longer extent is then measured from the beginning."""
 
 __all__ = ["ANALYSES", "Analysis", "Skipped", "run_all", "run_analysis"]
 
@@ -40,8 +54,10 @@ class Analysis:
     """The tables that it finds, the main one first."""
     options: type[Any]
     """A frozen dataclass; each field has a default and ``metadata["help"]``."""
-    compute: Callable[..., dict[str, pa.Table]]
-    """``compute(run, options, scheduler=…, progress=…)`` → view → table."""
+    open_statistic: Callable[[Run, Any], Statistic[Any]] | None
+    """Opens its statistic for a run and options; None where several build on each other."""
+    compute: Callable[..., dict[str, pa.Table]] | None = None
+    """``compute(run, options, scheduler=…, progress=…)`` → view → table, where there is no single statistic."""
 
     @property
     def sites(self) -> tuple[tuple[str, ...], ...]:
@@ -62,35 +78,35 @@ ANALYSES: dict[str, Analysis] = {
     for analysis in (
         Analysis(
             "lens", "Logit lens: entropy, KL to the final distribution, loss and agreement at every boundary.",
-            LENS_VERSION, LENS_VIEWS, LensOptions, compute_lens,
+            LENS_VERSION, LENS_VIEWS, LensOptions, LensStatistic.open,
         ),
         Analysis(
             "cka", "Similarity of every two boundaries: unbiased minibatch CKA.",
-            CKA_VERSION, CKA_VIEWS, CkaOptions, compute_cka,
+            CKA_VERSION, CKA_VIEWS, CkaOptions, CkaStatistic.open,
         ),
         Analysis(
             "neurons", "Prediction and suppression neurons, from the weights.",
-            NEURONS_VERSION, NEURONS_VIEWS, NeuronOptions, compute_neurons,
+            NEURONS_VERSION, NEURONS_VIEWS, NeuronOptions, NeuronStatistic.open,
         ),
         Analysis(
             "attention_locality", "Attention paid to the previous 1 … 16 tokens, and to BOS.",
-            ATTENTION_VERSION, ATTENTION_VIEWS, AttentionOptions, compute_attention,
+            ATTENTION_VERSION, ATTENTION_VIEWS, AttentionOptions, AttentionStatistic.open,
         ),
         Analysis(
             "subjoiner", "Heads by which the last token of a word attends to the word's other tokens.",
-            SUBJOINER_VERSION, SUBJOINER_VIEWS, SubjoinerOptions, compute_subjoiner,
+            SUBJOINER_VERSION, SUBJOINER_VIEWS, SubjoinerOptions, SubjoinerStatistic.open,
         ),
         Analysis(
             "wic", "Probes at every boundary: does a word mean the same in two sentences? Of runs of the task wic.",
-            WIC_VERSION, WIC_VIEWS, WicOptions, compute_wic,
+            WIC_VERSION, WIC_VIEWS, WicOptions, WicStatistic.open,
         ),
         Analysis(
             "ing", "Neurons that speak for or against '-ing', and probes of what they foretell.",
-            ING_VERSION, ING_VIEWS, IngOptions, compute_ing,
+            ING_VERSION, ING_VIEWS, IngOptions, None, compute_ing,
         ),
         Analysis(
             "norms", "Norms of attention and MLP outputs, alone and beside the residual stream.",
-            NORMS_VERSION, NORMS_VIEWS, NormsOptions, compute_norms,
+            NORMS_VERSION, NORMS_VIEWS, NormsOptions, NormsStatistic.open,
         ),
     )
 }  # fmt: skip
@@ -186,11 +202,47 @@ def _find_or_compute(
     known = read_finding(lake.store, key, analysis.views)
     if known is not None:
         return known
-    finding = Finding(
-        analysis.name, analysis.compute(run, options, scheduler=scheduler, progress=progress), (key,)
-    )
-    write_finding(lake.store, finding)
-    return finding
+    state = None
+    if analysis.open_statistic is not None:
+        statistic = analysis.open_statistic(run, options)
+        held = _read_state(lake.store, key, statistic)
+        found = reduce_statistic(statistic, run, scheduler=scheduler, progress=progress, known=held)
+        tables = statistic.finalise(found)
+        state = found if _is_kept(statistic, found) else None
+    elif analysis.compute is not None:
+        tables = analysis.compute(run, options, scheduler=scheduler, progress=progress)
+    else:
+        raise TypeError(f"Analysis '{analysis.name}' neither opens a statistic nor computes its tables.")
+    kept = {} if state is None else {state_view(analysis.name): _state_table(run, state)}
+    write_finding(lake.store, Finding(analysis.name, tables | kept, (key,)))
+    return Finding(analysis.name, tables, (key,))
+
+
+def _state_table(run: Run, state: State) -> pa.Table:
+    """Return a state as every table of a finding is, its run in front."""
+    table = state.to_table()
+    return table.add_column(0, "run", pa.array([run.run_id] * len(table), pa.string()))
+
+
+def _is_kept(statistic: Statistic[Any], state: State) -> bool:
+    """Tell whether a longer extent of the run can make use of a state that is not too large to keep."""
+    units = statistic.units()
+    return bool(units) and statistic.keys(units[0]) is not None and state.values.nbytes <= _STATE_NBYTES
+
+
+def _read_state(store: Store, key: FindingKey, statistic: Statistic[Any]) -> State | None:
+    """Return what the analysis has kept of another extent of the run, the largest."""
+    view = state_view(key.analysis)
+    same = [
+        table
+        for table in newest_findings(list_findings(store, view))
+        if (table.key.version, table.key.run, table.key.params) == (key.version, key.run, key.params)
+        and table.key.extents.keys() == key.extents.keys()  # the same sites
+    ]
+    if not same:
+        return None
+    with store.open(same[0].path) as file:
+        return State.of_table(pq.read_table(file), statistic.zero())
 
 
 def _extents(analysis: Analysis, run: Run) -> dict[str, Any]:

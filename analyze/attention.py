@@ -20,7 +20,6 @@ from ..catalog.run import Run
 from ..catalog.sites import ANALYSIS_SITES
 from ..catalog.tables import attn_band_sums
 from .intervals import bootstrap_sums, percentile_interval, ratio
-from .reduce import reduce_statistic
 from .statistic import State, Statistic, Unit, choose_sites, require_finite, tidy_table
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "ATTENTION_VIEWS",
     "AttentionOptions",
     "AttentionStatistic",
-    "compute_attention",
 ]
 
 ATTENTION_VERSION = 1
@@ -106,6 +104,13 @@ class AttentionStatistic(Statistic[AttentionBlock]):
         members = [np.flatnonzero(self.partitions == index) for index in np.unique(self.partitions)]
         return [Unit(read, items) for items in members for read in together]
 
+    def keys(self, unit: Unit) -> Ints:  # noqa: D102
+        return self._keys(unit.items, np.array([layer for _, layer in unit.reads]))
+
+    def _keys(self, items: Ints, layers: Ints) -> Ints:
+        documents, layers = np.meshgrid(self.documents[items], layers, indexing="ij")
+        return np.stack([layers.ravel(), documents.ravel()], axis=1)
+
     def read(self, run: Run, unit: Unit) -> AttentionBlock:  # noqa: D102
         layers = np.array([layer for _, layer in unit.reads])
         index = self.partitions[unit.items[0]]
@@ -142,12 +147,18 @@ class AttentionStatistic(Statistic[AttentionBlock]):
         else:
             starts = self.pair_starts[block.items]
             sums = band_sums(block.values, self.lengths[block.items], starts - starts[0])[:, None]
-        documents, layers = np.meshgrid(self.documents[block.items], block.layers, indexing="ij")
-        keys = np.stack([layers.ravel(), documents.ravel()], axis=1)
+        keys = self._keys(block.items, block.layers)
         return State.of(keys, sums.sum(axis=2, dtype=np.float64).reshape(-1, len(QUERIES), N_SUMS))
 
     def finalise(self, state: State) -> dict[str, pa.Table]:
-        """Return ``attention_locality``: a row for each layer and distance."""
+        """Return ``attention_locality``: a row for each layer and distance.
+
+        ``mean_weight`` is the mean over heads and queries at exactly that distance, ``cumulative_weight`` its
+        sum over the distances 1 … ``distance`` and ``uniform_weight`` what uniform attention would give for it
+        (``uniform_mean_weight``: at exactly that distance). ``per_distance_weight`` is the mean over those
+        distances; in the authors' variant it is pooled as in their code, documents weighing equally.
+        ``bos_weight`` is the weight on position 0, BOS where the model has one, and is the same for all distances.
+        """
         authors = self.options.variant == "authors"
         order = np.argsort(self.documents)  # the order of the state's keys
         lengths = self.lengths[order]
@@ -216,19 +227,3 @@ class AttentionStatistic(Statistic[AttentionBlock]):
 def _previous(values: Doubles) -> Doubles:
     """Return ``[…, sum]`` without BOS, and 0 for the query itself, which is no previous token."""
     return np.asarray(values[..., :-1] * (np.arange(MAX_DISTANCE + 1) > 0))
-
-
-def compute_attention(
-    run: Run, options: AttentionOptions, *, scheduler: str = "threads", progress: bool = False
-) -> dict[str, pa.Table]:
-    """Compute ``attention_locality`` of one run (columns in docs/analyses.md).
-
-    ``mean_weight`` is the mean over heads and queries at exactly that distance, ``cumulative_weight`` its
-    sum over the distances 1 … ``distance`` and ``uniform_weight`` what uniform attention would give for it
-    (``uniform_mean_weight``: at exactly that distance). ``per_distance_weight`` is the mean over those
-    distances; in the authors' variant it is pooled as in their code, documents weighing equally.
-    ``bos_weight`` is the weight on position 0, BOS where the model has one, and is the same for all distances.
-    Reads ``attn_band`` where the run holds it, else ``pattern``; ``source`` says which.
-    """
-    statistic = AttentionStatistic.open(run, options)
-    return statistic.finalise(reduce_statistic(statistic, run, scheduler=scheduler, progress=progress))

@@ -13,10 +13,9 @@ import pyarrow as pa
 from ..catalog.errors import AnalysisError
 from ..catalog.run import Run
 from .intervals import jackknife_interval
-from .reduce import reduce_statistic
 from .statistic import State, Statistic, Unit, read_rows, tidy_table
 
-__all__ = ["CKA_VERSION", "CKA_VIEWS", "CkaOptions", "CkaStatistic", "compute_cka", "hsic_matrix"]
+__all__ = ["CKA_VERSION", "CKA_VIEWS", "CkaOptions", "CkaStatistic", "hsic_matrix"]
 
 CKA_VERSION = 1
 CKA_VIEWS = ("cka",)
@@ -98,6 +97,10 @@ class CkaStatistic(Statistic[tuple[int, list[npt.NDArray[Any]]]]):
         reads = tuple(("resid", boundary) for boundary in range(self.n_boundaries))
         return [Unit(reads, np.array([i])) for i in range(len(self.batches))]
 
+    def keys(self, unit: Unit) -> npt.NDArray[np.int64]:
+        """Return (batch, its tokens): a batch that was not full has more of them in a longer run."""
+        return np.array([[batch, len(self.batches[batch])] for batch in unit.items])
+
     def read(self, run: Run, unit: Unit) -> tuple[int, list[npt.NDArray[Any]]]:
         """Read one batch: its number, and ``[token, d_model]`` for each boundary."""
         (batch,) = unit.items
@@ -105,12 +108,12 @@ class CkaStatistic(Statistic[tuple[int, list[npt.NDArray[Any]]]]):
         return int(batch), [read_rows(run, site, boundary, rows) for site, boundary in unit.reads]
 
     def zero(self) -> State:  # noqa: D102
-        return State.empty(1, (self.n_boundaries, self.n_boundaries))
+        return State.empty(2, (self.n_boundaries, self.n_boundaries))
 
     def measure(self, block: tuple[int, list[npt.NDArray[Any]]]) -> State:
-        """Return the state of a batch: key (batch,), values HSIC ``[boundary, boundary]``."""
+        """Return the state of a batch: key (batch, its tokens), values HSIC ``[boundary, boundary]``."""
         batch, features = block
-        return State.of(np.array([[batch]]), hsic_matrix(features)[None])
+        return State.of(np.array([[batch, len(features[0])]]), hsic_matrix(features)[None])
 
     def finalise(self, state: State) -> dict[str, pa.Table]:
         """Return ``cka``, one row for each ordered pair of boundaries."""
@@ -207,11 +210,3 @@ def normalised(hsic: Doubles) -> Doubles:
     own = np.where(own > 0, own, np.nan)
     # the root of the product, not the product of the roots: sqrt(x·x) is x, so that the diagonal is exactly 1
     return np.asarray(hsic / np.sqrt(own[..., :, None] * own[..., None, :]))
-
-
-def compute_cka(
-    run: Run, options: CkaOptions, *, scheduler: str = "threads", progress: bool = False
-) -> dict[str, pa.Table]:
-    """Compute ``cka`` of one run (columns in docs/analyses.md): all pairs of the boundaries 0 … L."""
-    statistic = CkaStatistic.open(run, options)
-    return statistic.finalise(reduce_statistic(statistic, run, scheduler=scheduler, progress=progress))

@@ -18,11 +18,10 @@ import pyarrow as pa
 from ..catalog.run import Run
 from .intervals import bootstrap_sums, percentile_interval
 from .readout import MEASURES, Readout, compare_distributions
-from .reduce import reduce_statistic
 from .statistic import State, Statistic, Unit, read_rows, tidy_table
 from .tokens import MaskedTokens, canonical_tokens, choose_tokens
 
-__all__ = ["LENS_VERSION", "LENS_VIEWS", "LensOptions", "LensStatistic", "compute_lens"]
+__all__ = ["LENS_VERSION", "LENS_VIEWS", "LensOptions", "LensStatistic"]
 
 LENS_VERSION = 1
 LENS_VIEWS = ("lens", "lens_tokens")
@@ -93,6 +92,12 @@ class LensStatistic(Statistic[LensBlock]):
         items = np.arange(len(self.tokens))
         return [Unit(reads, items[i : i + _UNIT_TOKENS]) for i in range(0, len(items), _UNIT_TOKENS)]
 
+    def keys(self, unit: Unit) -> npt.NDArray[np.int64]:  # noqa: D102
+        return self._keys(unit.items)
+
+    def _keys(self, items: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.stack([self.tokens.documents[items], self.tokens.rows[items]], axis=1)
+
     def read(self, run: Run, unit: Unit) -> LensBlock:  # noqa: D102
         rows = self.tokens.rows[unit.items]
         return LensBlock([read_rows(run, site, boundary, rows) for site, boundary in unit.reads], unit.items)
@@ -113,11 +118,13 @@ class LensStatistic(Statistic[LensBlock]):
             scale_or_own = readout.scale(last) if self.options.scale == "final" else None
             lenses = [readout.normed(x, scale_or_own) for x in block.resid[:-1]]
             values = compare_distributions(readout.unembed, final, lenses, targets)
-        keys = np.stack([self.tokens.documents[block.items], self.tokens.rows[block.items]], axis=1)
-        return State.of(keys, values)
+        return State.of(self._keys(block.items), values)
 
     def finalise(self, state: State) -> dict[str, pa.Table]:
-        """Return ``lens``, means over tokens with intervals over documents, and ``lens_tokens``."""
+        """Return ``lens``, means over tokens with intervals over documents, and ``lens_tokens``.
+
+        ``rank`` is the number of tokens that the lens holds likelier than the true next one: 0 is the top.
+        """
         params = {**self.key, "variant": "authors" if self.options.scale == "authors" else "default"}
         return {
             "lens": tidy_table(self.run, self._means(state), params),
@@ -167,14 +174,3 @@ class LensStatistic(Statistic[LensBlock]):
             "rank": flat["rank"].astype(np.int32),
             "top1_token": flat["top1_token"].astype(np.int32),
         }
-
-
-def compute_lens(
-    run: Run, options: LensOptions, *, scheduler: str = "threads", progress: bool = False
-) -> dict[str, pa.Table]:
-    """Compute ``lens`` and ``lens_tokens`` of one run (columns in docs/analyses.md).
-
-    ``rank`` is the number of tokens that the lens holds likelier than the true next one: 0 is the top.
-    """
-    statistic = LensStatistic.open(run, options)
-    return statistic.finalise(reduce_statistic(statistic, run, scheduler=scheduler, progress=progress))

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..catalog.run import Run
-from .reduce import reduce_statistic
 from .statistic import State, Statistic, Unit, tidy_table
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "NeuronOptions",
     "NeuronStatistic",
     "classify_neurons",
-    "compute_neurons",
     "fold_unembedding",
     "moments_of_sums",
     "power_sums",
@@ -212,7 +210,11 @@ class NeuronStatistic(Statistic[tuple[int, Ints, Floats]]):
         return State.of(np.stack([np.full_like(units, layer), units], axis=1), moments)
 
     def finalise(self, state: State) -> dict[str, pa.Table]:
-        """Return ``neurons`` and, for each layer and class, ``neuron_counts``."""
+        """Return ``neurons`` and, for each layer and class, ``neuron_counts``.
+
+        The moments are those of the cosines over the unembedding's columns. ``density`` is the share of the
+        layer's d_mlp neurons, ``density_percent`` the same in percent, as in the paper.
+        """
         params = {**self.key, "variant": "authors" if self.options.columns == "all" else "default"}
         layer, unit = state.keys.T
         mean, variance, skew, kurtosis = state.values.T
@@ -240,15 +242,3 @@ class NeuronStatistic(Statistic[tuple[int, Ints, Floats]]):
             "neurons": tidy_table(self.run, neurons, params),
             "neuron_counts": tidy_table(self.run, table, params),
         }
-
-
-def compute_neurons(
-    run: Run, options: NeuronOptions, *, scheduler: str = "threads", progress: bool = False
-) -> dict[str, pa.Table]:
-    """Compute ``neurons`` and ``neuron_counts`` of one run's model (columns in docs/analyses.md).
-
-    The moments are those of the cosines over the unembedding's columns. ``density`` is the share of the
-    layer's d_mlp neurons, ``density_percent`` the same in percent, as in the paper.
-    """
-    statistic = NeuronStatistic.open(run, options)
-    return statistic.finalise(reduce_statistic(statistic, run, scheduler=scheduler, progress=progress))

@@ -16,11 +16,10 @@ import pyarrow as pa
 from ..catalog.run import Run
 from ..catalog.sizes import parse_count
 from .intervals import bootstrap_sums, percentile_interval, ratio
-from .reduce import reduce_statistic
 from .statistic import State, Statistic, Unit, read_rows, tidy_table
 from .tokens import MaskedTokens, canonical_tokens, choose_spread, choose_tokens
 
-__all__ = ["COMPONENTS", "NORMS_VERSION", "NORMS_VIEWS", "NormsOptions", "NormsStatistic", "compute_norms"]
+__all__ = ["COMPONENTS", "NORMS_VERSION", "NORMS_VIEWS", "NormsOptions", "NormsStatistic"]
 
 NORMS_VERSION = 1
 NORMS_VIEWS = ("norms", "norm_tokens")
@@ -90,6 +89,12 @@ class NormsStatistic(Statistic[NormsBlock]):
         starts = np.flatnonzero(np.diff(partitions, prepend=-1))
         return [Unit(reads, items) for items in np.split(np.arange(len(partitions)), starts[1:])]
 
+    def keys(self, unit: Unit) -> npt.NDArray[np.int64]:  # noqa: D102
+        return self._keys(unit.items)
+
+    def _keys(self, items: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.stack([self.tokens.documents[items], self.tokens.rows[items]], axis=1)
+
     def read(self, run: Run, unit: Unit) -> NormsBlock:  # noqa: D102
         rows = self.tokens.rows[unit.items]
         return NormsBlock(unit.items, (read_rows(run, site, layer, rows) for site, layer in unit.reads))
@@ -101,8 +106,7 @@ class NormsStatistic(Statistic[NormsBlock]):
         """Return the state of a block: key (document, row), values norm ``[layer, component]``."""
         norms = np.stack([self._norm(vectors) for vectors in block.vectors], axis=1)
         values = norms.reshape(len(block.items), self.n_layers, len(COMPONENTS)).astype(np.float32)
-        keys = np.stack([self.tokens.documents[block.items], self.tokens.rows[block.items]], axis=1)
-        return State.of(keys, values)
+        return State.of(self._keys(block.items), values)
 
     def _norm(self, vectors: npt.NDArray[Any]) -> Doubles:
         x = vectors.astype(np.float64)
@@ -111,7 +115,13 @@ class NormsStatistic(Statistic[NormsBlock]):
         return np.asarray(np.sqrt(np.vecdot(x, x)))
 
     def finalise(self, state: State) -> dict[str, pa.Table]:
-        """Return ``norms``, a row for each layer and component, and ``norm_tokens``."""
+        """Return ``norms``, a row for each layer and component, and ``norm_tokens``.
+
+        Norms are Euclidean, of single tokens of the evaluation mask. ``relative_norm`` is the mean norm divided
+        by that of resid_pre in the same layer. ``attn_mlp_ratio`` (of the means) and ``median_attn_mlp_ratio``
+        (of the tokens' ratios) stand in the rows of attn_out and are NULL elsewhere. ``centred`` says whether
+        the mean over d_model was subtracted first, which is done for models with LayerNorm.
+        """
         params = {**self.key, "centred": self.centred, "variant": "default"}
         return {
             "norms": tidy_table(self.run, self._layers(state), params),
@@ -179,17 +189,3 @@ class NormsStatistic(Statistic[NormsBlock]):
             "row": np.tile(state.keys[kept, 1], self.n_layers * n_components),
             "norm": state.values[kept].transpose(1, 2, 0).ravel().astype(np.float64),
         }
-
-
-def compute_norms(
-    run: Run, options: NormsOptions, *, scheduler: str = "threads", progress: bool = False
-) -> dict[str, pa.Table]:
-    """Compute ``norms`` and ``norm_tokens`` of one run (columns in docs/analyses.md).
-
-    Norms are Euclidean, of single tokens of the evaluation mask. ``relative_norm`` is the mean norm divided
-    by that of resid_pre in the same layer. ``attn_mlp_ratio`` (of the means) and ``median_attn_mlp_ratio``
-    (of the tokens' ratios) stand in the rows of attn_out and are NULL elsewhere. ``centred`` says whether
-    the mean over d_model was subtracted first, which is done for models with LayerNorm.
-    """
-    statistic = NormsStatistic.open(run, options)
-    return statistic.finalise(reduce_statistic(statistic, run, scheduler=scheduler, progress=progress))

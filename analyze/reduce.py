@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
 
 from ..catalog.errors import AnalysisError, LayerLakeError, did_you_mean
 from ..catalog.run import Run
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from dask.delayed import Delayed
     from distributed import Future
 
-__all__ = ["SCHEDULERS", "reduce_statistic", "require_scheduler"]
+__all__ = ["SCHEDULERS", "compute_tables", "reduce_statistic", "require_scheduler"]
 
 SCHEDULERS = ("threads", "synchronous")
 """The schedulers that need no cluster; any address (``tcp://…``) is the third choice."""
@@ -31,7 +34,12 @@ def require_scheduler(scheduler: str) -> None:
 
 
 def reduce_statistic(
-    statistic: Statistic[Any], run: Run, *, scheduler: str = "threads", progress: bool = False
+    statistic: Statistic[Any],
+    run: Run,
+    *,
+    scheduler: str = "threads",
+    progress: bool = False,
+    known: State | None = None,
 ) -> State:
     """Return the state of a whole run.
 
@@ -50,6 +58,9 @@ def reduce_statistic(
         of a Dask cluster, whose workers must see the lake under the same URL.
     progress : bool
         Whether to draw a bar on stderr. A cluster has its own dashboard instead.
+    known : State, optional
+        What was found in a shorter extent of the run, by the same statistic: units that are in it whole are not
+        measured again (:meth:`Statistic.keys`).
 
     Raises
     ------
@@ -59,19 +70,60 @@ def reduce_statistic(
         Nobody answers at the scheduler's address.
     """
     require_scheduler(scheduler)
-    units = statistic.units()
+    units, held = _split_known(statistic, statistic.units(), known)
     if not units:
-        return statistic.zero()
+        return held
     run = Run(run.store, run.manifest)  # without the tables that the other has read: it may have to travel
     if "://" in scheduler:
-        return _reduce_on_cluster(statistic, run, units, scheduler)
+        return statistic.merge(held, _reduce_on_cluster(statistic, run, units, scheduler))
     from dask.delayed import delayed
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     plan = _plan(delayed(statistic, pure=False, traverse=False), run, units)
     with threadpool_limits(1, "blas"), _bar(statistic, run, len(units), shown=progress):
         merged: State = plan.compute(scheduler=scheduler)
-    return merged
+    return statistic.merge(held, merged)
+
+
+def _split_known(
+    statistic: Statistic[Any], units: list[Unit], known: State | None
+) -> tuple[list[Unit], State]:
+    """Return the units that have to be measured, and the state of the others."""
+    keys = [statistic.keys(unit) for unit in units] if known is not None else []
+    if known is None or not units or any(each is None for each in keys):
+        return units, statistic.zero()
+    counts = [len(each) for each in keys if each is not None]
+    _, ids = np.unique(np.concatenate([known.keys, *keys]), axis=0, return_inverse=True)
+    held, *wanted = np.split(ids, np.cumsum([len(known.keys), *counts])[:-1])
+    is_held = np.isin(np.arange(ids.max() + 1), held)
+    is_whole = [bool(is_held[each].all()) for each in wanted]
+    kept = [each for each, whole in zip(wanted, is_whole, strict=True) if whole]
+    used = np.isin(held, np.concatenate(kept)) if kept else np.zeros(len(held), dtype=bool)
+    lacking = [unit for unit, whole in zip(units, is_whole, strict=True) if not whole]
+    return lacking, State(known.keys[used], known.values[used])
+
+
+def compute_tables(
+    open_statistic: Callable[[Run, Any], Statistic[Any]],
+    run: Run,
+    options: Any,
+    *,
+    scheduler: str = "threads",
+    progress: bool = False,
+) -> dict[str, pa.Table]:
+    """Return what a statistic finds in a run: view → table.
+
+    Parameters
+    ----------
+    open_statistic : callable
+        Of a run and options, such as ``LensStatistic.open``.
+    run, options
+        What it is called with.
+    scheduler, progress
+        As in :func:`reduce_statistic`.
+    """
+    statistic = open_statistic(run, options)
+    return statistic.finalise(reduce_statistic(statistic, run, scheduler=scheduler, progress=progress))
 
 
 def _reduce_on_cluster(statistic: Statistic[Any], run: Run, units: list[Unit], address: str) -> State:

@@ -11,8 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -87,15 +86,21 @@ class State:
         """Return the rows of both, which must be disjoint."""
         return State.of(np.concatenate([self.keys, other.keys]), np.concatenate([self.values, other.values]))
 
-    def save(self, file: str | Path | IO[bytes]) -> None:
-        """Write the state as npz, without pickle."""
-        np.savez(file, keys=self.keys, values=self.values)
+    def to_table(self) -> pa.Table:
+        """Return the state as a table, one row a key: ``key`` and ``value`` are lists."""
+        columns = {}
+        for name, rows in (("key", self.keys), ("value", self.values)):
+            flat = np.ascontiguousarray(rows).reshape(-1)
+            columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), int(np.prod(rows.shape[1:])))
+        return pa.table(columns)
 
     @classmethod
-    def load(cls, file: str | Path | IO[bytes]) -> Self:
-        """Read what :meth:`save` wrote; it is equal to what was saved."""
-        with np.load(file, allow_pickle=False) as stored:
-            return cls(stored["keys"], stored["values"])
+    def of_table(cls, table: pa.Table, zero: State) -> Self:
+        """Rebuild a state from :meth:`to_table`; it is equal. ``zero`` has the shape of its rows."""
+        lists = (table[name].combine_chunks() for name in ("key", "value"))
+        keys, values = (each.flatten().to_numpy(zero_copy_only=False) for each in lists)
+        shape = (len(table), *zero.values.shape[1:])
+        return cls(keys.reshape(len(table), zero.keys.shape[1]), values.reshape(shape))
 
 
 class Statistic(ABC, Generic[Block]):
@@ -112,6 +117,14 @@ class Statistic(ABC, Generic[Block]):
     @abstractmethod
     def units(self) -> list[Unit]:
         """Return the read set: disjoint units that together cover it, in a fixed order."""
+
+    def keys(self, unit: Unit) -> npt.NDArray[np.int64] | None:  # noqa: ARG002
+        """Return the keys of the rows that a unit will measure: ``[row, part]``.
+
+        What a shorter extent of the run has measured under these keys is then not measured again, so a key must
+        stand for what is read. None if a row may change with the run's extent.
+        """
+        return None
 
     @abstractmethod
     def read(self, run: Run, unit: Unit) -> Block:

@@ -16,7 +16,6 @@ import pyarrow as pa
 from ..catalog.errors import AnalysisError
 from ..catalog.run import Run, decode
 from .intervals import bootstrap_sums, percentile_interval
-from .reduce import reduce_statistic
 from .statistic import State, Statistic, Unit, require_finite, tidy_table
 from .words import Words, find_words, pair_words
 
@@ -27,7 +26,6 @@ __all__ = [
     "Prompts",
     "SubjoinerOptions",
     "SubjoinerStatistic",
-    "compute_subjoiner",
     "permutation_p_values",
 ]
 
@@ -200,7 +198,13 @@ class SubjoinerStatistic(Statistic[SubjoinerBlock]):
         return State.of(keys, np.concatenate([weights[..., :_WINDOW], *sums], axis=-1))
 
     def finalise(self, state: State) -> dict[str, pa.Table]:
-        """Return ``subjoiner``, a row for each head, and ``subjoiner_attention``, that of the best of them."""
+        """Return ``subjoiner``, a row for each head, and ``subjoiner_attention``, that of the best of them.
+
+        A prompt is a document up to a word in it: attention is causal, so that what comes after does not
+        matter, and the query's row of the stored pattern is that of the prompt run alone. The score of a head is
+        the attention of a word's last token to the word's other tokens, less that of words of one token to as
+        many tokens before them.
+        """
         n_prompts = (len(CLASSES), self.prompts.n_pairs)
         by_layer = state.values.reshape(self.n_layers, *n_prompts, self.n_heads, -1)
         weights = by_layer.transpose(1, 2, 0, 3, 4).reshape(*n_prompts, self.n_layers * self.n_heads, -1)
@@ -332,17 +336,3 @@ def permutation_p_values(differences: Doubles, n_permutations: int, seed: int) -
         kept = rng.integers(0, 2, (min(step, n_permutations - start), n_pairs)).astype(np.float64)
         counts += (2 * (kept @ differences) - totals >= least).sum(axis=0)
     return counts / (n_permutations + 1), n_permutations
-
-
-def compute_subjoiner(
-    run: Run, options: SubjoinerOptions, *, scheduler: str = "threads", progress: bool = False
-) -> dict[str, pa.Table]:
-    """Compute ``subjoiner`` and ``subjoiner_attention`` of one run (columns in docs/analyses.md).
-
-    A prompt is a document up to a word in it: attention is causal, so that what comes after does not
-    matter, and the query's row of the stored pattern is that of the prompt run alone. The score of a head is
-    the attention of a word's last token to the word's other tokens, less that of words of one token to as
-    many tokens before them.
-    """
-    statistic = SubjoinerStatistic.open(run, options)
-    return statistic.finalise(reduce_statistic(statistic, run, scheduler=scheduler, progress=progress))

@@ -18,7 +18,6 @@ import pyarrow as pa
 from ..catalog.errors import AnalysisError
 from ..catalog.run import Run
 from .intervals import crossed_bootstrap, percentile_interval, ratio, wilson_interval
-from .reduce import reduce_statistic
 from .statistic import State, Statistic, Unit, read_rows, tidy_table
 from .wic_items import DEV_SPLITS, WicItems, choose_items, hold_out_words
 
@@ -29,7 +28,6 @@ __all__ = [
     "WIC_VIEWS",
     "WicOptions",
     "WicStatistic",
-    "compute_wic",
     "fit_probes",
     "pair_features",
 ]
@@ -151,7 +149,10 @@ class WicStatistic(Statistic[WicBlock]):
         return State.of(np.array(keys), np.array(values))
 
     def finalise(self, state: State) -> dict[str, pa.Table]:
-        """Return ``wic``, a row for each boundary, features and seed, and ``wic_summary``, over the seeds."""
+        """Return ``wic``, a row for each boundary, features and seed, and ``wic_summary``, over the seeds.
+
+        ``layer`` is the block after which the state is taken, -1 the embedding; ``boundary`` is layer + 1.
+        """
         n_seeds = len(self.held_out)
         fitted = state.values[:, 0] != _NOT_FITTED
         stopped = fitted & (state.values[:, 1] == 0)
@@ -292,14 +293,3 @@ def _remarks(fitted: Bools, stopped: Bools) -> dict[str, Any]:
 
 def _binomial_error(share: Doubles, n: int) -> Doubles:
     return np.asarray(np.sqrt(share * (1 - share) / n))
-
-
-def compute_wic(
-    run: Run, options: WicOptions, *, scheduler: str = "threads", progress: bool = False
-) -> dict[str, pa.Table]:
-    """Compute ``wic`` and ``wic_summary`` of one run of the task wic (columns in docs/analyses.md).
-
-    ``layer`` is the block after which the state is taken, -1 the embedding; ``boundary`` is layer + 1.
-    """
-    statistic = WicStatistic.open(run, options)
-    return statistic.finalise(reduce_statistic(statistic, run, scheduler=scheduler, progress=progress))

@@ -117,8 +117,7 @@ def init_capture(store: Store, plan: FrozenPlan, *, documents: pa.Table, tokens:
     create_arrays(store, plan.manifest)
     with suppress(FileExistsError):
         store.write_json(path, plan.to_json(), create=True)
-    # Others may have begun this capture, ended it and cleaned up while this process stood still.
-    return _find_overtaken(store, plan)
+    return None
 
 
 def _find_overtaken(store: Store, plan: FrozenPlan) -> Manifest | None:

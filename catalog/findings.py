@@ -28,14 +28,17 @@ __all__ = [
     "FindingKey",
     "StoredTable",
     "describe_finding",
+    "is_state_view",
     "list_findings",
     "merge_findings",
     "newest_findings",
     "read_finding",
+    "state_view",
     "write_finding",
 ]
 
 _METADATA_KEY = b"layerlake"
+_STATE = "_state"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,16 @@ class StoredTable:
     def path(self) -> str:
         """The object that holds the table."""
         return finding_path(self.view, self.finding)
+
+
+def state_view(analysis: str) -> str:
+    """Return where an analysis keeps, beside its tables, what a longer extent of the run need not measure again."""
+    return f"{analysis}{_STATE}"
+
+
+def is_state_view(view: str) -> bool:
+    """Tell whether a view is an analysis's own notes, which are not for readers."""
+    return view.endswith(_STATE)
 
 
 def write_finding(store: Store, finding: Finding) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from .errors import AmbiguousRun, FormatError, LakeNotFound, RunNotFound, did_you_mean
-from .findings import StoredTable, list_findings
+from .findings import StoredTable, is_state_view, list_findings
 from .layout import FORMAT_VERSION, LAKE_MARKER
 from .manifest import read_manifest
 from .run import Run
@@ -85,8 +85,8 @@ class Lake:
         return [self.store.read_json(f"models/{name}/model.json") for name in self.store.list("models")]
 
     def findings(self, view: str | None = None) -> list[StoredTable]:
-        """Describe all stored findings, or those of one view."""
-        return list_findings(self.store, view)
+        """Describe all stored findings, or those of one view; what analyses keep for themselves is left out."""
+        return [table for table in list_findings(self.store, view) if not is_state_view(table.view)]
 
 
 def match_run(prefix: str | None, known: Sequence[str], *, url: str) -> str:

@@ -42,7 +42,7 @@ def forbid_computing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             raise AssertionError("computed")
 
         for name, analysis in list(ANALYSES.items()):
-            monkeypatch.setitem(ANALYSES, name, dataclasses.replace(analysis, compute=fail))
+            monkeypatch.setitem(ANALYSES, name, dataclasses.replace(analysis, open_statistic=fail))
 
     return forbid
 

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from layerlake.analyze.attention import AttentionOptions, compute_attention
+from layerlake.analyze.attention import AttentionOptions, AttentionStatistic
+from layerlake.analyze.reduce import compute_tables
 from layerlake.catalog.bands import MAX_DISTANCE
 from layerlake.catalog.errors import AnalysisError, CorruptRun, SiteNotFound
 from layerlake.catalog.run import Run
@@ -42,7 +43,7 @@ def test_locality_equals_one_shot_numpy(make_run: Callable[..., Run], shape: Mod
         shape=shape, dtype=dtype, lengths=lengths, context=40, partition_tokens=64, sites=["pattern"]
     )
     assert len(run.manifest.partitions) > 2
-    rows = compute_attention(run, AttentionOptions())["attention_locality"].to_pylist()
+    rows = compute_tables(AttentionStatistic.open, run, AttentionOptions())["attention_locality"].to_pylist()
     assert len(rows) == 2 * (MAX_DISTANCE + 1)
     for layer in range(2):
         patterns = [run.attention(document, layer).to_numpy().astype(np.float64) for document in range(6)]
@@ -73,7 +74,9 @@ def test_authors_pool_within_documents_and_weigh_them_equally(
 ) -> None:
     lengths = (20, 7, 31, 24)
     run = make_run(shape=shape, lengths=lengths, context=32, partition_tokens=64, sites=["pattern"])
-    rows = compute_attention(run, AttentionOptions(variant="authors"))["attention_locality"].to_pylist()
+    rows = compute_tables(AttentionStatistic.open, run, AttentionOptions(variant="authors"))[
+        "attention_locality"
+    ].to_pylist()
     patterns = [run.attention(document, 1).to_numpy().astype(np.float64) for document in range(4)]
     pooled = [
         np.mean([p[h, t, t - k] for k in range(1, 6) for t in range(k, p.shape[1]) for h in range(2)])
@@ -90,13 +93,17 @@ def test_uniform_attention_is_the_baseline(make_run: Callable[..., Run], shape: 
     packed = np.concatenate([uniform_pattern(n)[np.tril_indices(n)] for n in lengths])
     values = np.broadcast_to(packed, (2, 2, len(packed))).astype(np.float32)
     run = make_run(shape=shape, lengths=lengths, context=32, partition_tokens=64, values={"pattern": values})
-    for row in compute_attention(run, AttentionOptions())["attention_locality"].to_pylist():
+    for row in compute_tables(AttentionStatistic.open, run, AttentionOptions())[
+        "attention_locality"
+    ].to_pylist():
         assert row["cumulative_weight"] == pytest.approx(row["uniform_weight"], abs=1e-6)
         assert row["mean_weight"] == pytest.approx(row["uniform_mean_weight"], abs=1e-7)
 
 
 def test_short_documents_are_null_and_say_why(make_run: Callable[..., Run]) -> None:
-    rows = compute_attention(make_run(), AttentionOptions())["attention_locality"].to_pylist()
+    rows = compute_tables(AttentionStatistic.open, make_run(), AttentionOptions())[
+        "attention_locality"
+    ].to_pylist()
     assert len(rows) == 2 * 17
     for row in rows:
         assert (
@@ -112,16 +119,18 @@ def test_short_documents_are_null_and_say_why(make_run: Callable[..., Run]) -> N
 
 def test_one_document_that_is_long_enough(make_run: Callable[..., Run]) -> None:
     run = make_run(lengths=(5, 20), context=24, partition_tokens=24)
-    row = compute_attention(run, AttentionOptions())["attention_locality"].to_pylist()[3]
+    row = compute_tables(AttentionStatistic.open, run, AttentionOptions())["attention_locality"].to_pylist()[
+        3
+    ]
     assert row["mean_weight"] is not None
     assert row["mean_weight_lo"] is None
     assert row["reason"] == "no interval: too few documents have a query that counts"
 
 
 def columns_of(run: Run, variant: Literal["default", "authors"] = "default") -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = compute_attention(run, AttentionOptions(variant=variant))[
-        "attention_locality"
-    ].to_pydict()
+    columns: dict[str, list[Any]] = compute_tables(
+        AttentionStatistic.open, run, AttentionOptions(variant=variant)
+    )["attention_locality"].to_pydict()
     return columns
 
 

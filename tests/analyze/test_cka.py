@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from layerlake.analyze.cka import CkaOptions, compute_cka, hsic_matrix
+from layerlake.analyze.cka import CkaOptions, CkaStatistic, hsic_matrix
+from layerlake.analyze.reduce import compute_tables
 from layerlake.catalog.errors import AnalysisError
 from layerlake.catalog.run import Run
 from layerlake.catalog.shapes import ModelShape
@@ -101,7 +102,7 @@ def test_cka_equals_one_shot_numpy(
         mean = matrices.mean(axis=0)
         return np.asarray(mean / np.sqrt(np.outer(np.diag(mean), np.diag(mean))))
 
-    table = compute_cka(run, options)["cka"].to_pandas()
+    table = compute_tables(CkaStatistic.open, run, options)["cka"].to_pandas()
     assert table[["boundary_a", "boundary_b"]].to_numpy().tolist() == [
         [a, b] for a in range(n) for b in range(n)
     ]
@@ -131,7 +132,7 @@ def test_a_boundary_without_variance_is_null_and_says_why(
     resid = np.random.default_rng(0).standard_normal((3, 64, shape.d_model)).astype(np.float32)
     resid[0] = np.float32(0.1)
     run = make_run(shape=shape, lengths=(4,) * 16, values={"resid": resid})
-    rows = compute_cka(run, CkaOptions(batch=4))["cka"].to_pylist()
+    rows = compute_tables(CkaStatistic.open, run, CkaOptions(batch=4))["cka"].to_pylist()
     for row in rows:
         constant = 0 in (row["boundary_a"], row["boundary_b"])
         assert (row["cka"] is None) == constant
@@ -139,7 +140,7 @@ def test_a_boundary_without_variance_is_null_and_says_why(
 
 
 def test_too_few_documents_are_null_and_say_why(make_run: Callable[..., Run]) -> None:
-    rows = compute_cka(make_run(lengths=(5, 6, 7)), CkaOptions())["cka"].to_pylist()
+    rows = compute_tables(CkaStatistic.open, make_run(lengths=(5, 6, 7)), CkaOptions())["cka"].to_pylist()
     assert len(rows) == 9
     for row in rows:
         assert row["cka"] is None
@@ -150,8 +151,10 @@ def test_too_few_documents_are_null_and_say_why(make_run: Callable[..., Run]) ->
 
 def test_fewer_samples_than_width_are_noted(make_run: Callable[..., Run], shape: ModelShape) -> None:
     notes = {
-        width: compute_cka(
-            make_run(shape=replace(shape, d_model=width), name=f"w{width}", lengths=(4,) * 8), CkaOptions()
+        width: compute_tables(
+            CkaStatistic.open,
+            make_run(shape=replace(shape, d_model=width), name=f"w{width}", lengths=(4,) * 8),
+            CkaOptions(),
         )["cka"]["note"].to_pylist()[0]
         for width in (8, 9)
     }

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
-from layerlake.analyze.lens import LensOptions, compute_lens
+from layerlake.analyze.lens import LensOptions, LensStatistic
+from layerlake.analyze.reduce import compute_tables
 from layerlake.catalog.run import Run
 from layerlake.catalog.shapes import ModelShape
 
@@ -76,7 +77,7 @@ def test_lens_equals_one_shot_numpy(
     )
     assert len(run.manifest.partitions) > 2
     expected = one_shot(run, stored(run, "resid"), scale)
-    tables = compute_lens(run, LensOptions(scale=scale))
+    tables = compute_tables(LensStatistic.open, run, LensOptions(scale=scale))
     n_boundaries = run.shape.n_layers + 1
 
     tokens = tables["lens_tokens"].to_pandas()
@@ -113,14 +114,14 @@ def test_lens_equals_one_shot_numpy(
 def test_at_the_last_boundary_the_lens_is_the_model(
     make_run: Callable[..., Run], scale: Literal["own", "final"]
 ) -> None:
-    last = compute_lens(make_run(), LensOptions(scale=scale))["lens"].to_pylist()[-1]
+    last = compute_tables(LensStatistic.open, make_run(), LensOptions(scale=scale))["lens"].to_pylist()[-1]
     assert last["kl_final_lens_nats"] == last["kl_lens_final_nats"] == 0
     assert last["top1_agreement"] == last["top1_agreement_lo"] == 1
 
 
 def test_columns_and_parameters(make_run: Callable[..., Run]) -> None:
     run = make_run()
-    tables = compute_lens(run, LensOptions(scale="authors", tokens="10", seed=3))
+    tables = compute_tables(LensStatistic.open, run, LensOptions(scale="authors", tokens="10", seed=3))
     schema = tables["lens"].schema
     assert schema.names[:4] == ["run", "boundary", "scale", "n_tokens"]
     assert schema.field("boundary").type == pa.int32()
@@ -137,7 +138,7 @@ def test_columns_and_parameters(make_run: Callable[..., Run]) -> None:
 
 
 def test_one_document_has_means_without_intervals(make_run: Callable[..., Run]) -> None:
-    for row in compute_lens(make_run(lengths=(9,)), LensOptions())["lens"].to_pylist():
+    for row in compute_tables(LensStatistic.open, make_run(lengths=(9,)), LensOptions())["lens"].to_pylist():
         assert row["loss_nats"] is not None
         assert row["loss_nats_lo"] is row["loss_nats_hi"] is None
 
@@ -145,10 +146,13 @@ def test_one_document_has_means_without_intervals(make_run: Callable[..., Run]) 
 def test_padded_columns_are_in_the_softmax(make_run: Callable[..., Run], shape: ModelShape) -> None:
     """The model's own logits have them, so its loss has too."""
     run = make_run(shape=shape, vocab=[f"t{i}" for i in range(20)], token_ids=np.arange(36) % 20)
-    entropy = compute_lens(run, LensOptions())["lens"]["entropy_bits"].to_pylist()
+    entropy = compute_tables(LensStatistic.open, run, LensOptions())["lens"]["entropy_bits"].to_pylist()
     weights = {"W_U": run.weight("W_U"), "b_U": run.weight("b_U")}
     weights["b_U"][20:] = -1e4
     masked = make_run(
         url=run.store.url + "-masked", shape=shape, weights=weights, token_ids=np.arange(36) % 20
     )
-    assert compute_lens(masked, LensOptions())["lens"]["entropy_bits"].to_pylist() != entropy
+    assert (
+        compute_tables(LensStatistic.open, masked, LensOptions())["lens"]["entropy_bits"].to_pylist()
+        != entropy
+    )

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from layerlake.analyze.neurons import NeuronOptions, compute_neurons, moments_of_sums, power_sums
+from layerlake.analyze.neurons import NeuronOptions, NeuronStatistic, moments_of_sums, power_sums
+from layerlake.analyze.reduce import compute_tables
 from layerlake.catalog.run import Run
 from layerlake.catalog.shapes import ModelShape
 
@@ -60,7 +61,7 @@ def test_neurons_equal_one_shot_numpy(
     """Several units a layer, several blocks of the vocabulary, and a padded one."""
     wide = replace(shape, norm=norm, d_mlp=300, n_vocab=2100)
     run = make_run(shape=wide, vocab=[f"t{i}" for i in range(2050)], token_ids=np.arange(36))
-    table = compute_neurons(run, NeuronOptions(columns=columns))["neurons"].to_pandas()
+    table = compute_tables(NeuronStatistic.open, run, NeuronOptions(columns=columns))["neurons"].to_pandas()
     expected = one_shot(run, columns)
     assert table[["layer", "unit"]].to_numpy().tolist() == [[i, j] for i in range(2) for j in range(300)]
     names = ["mean", "variance", "skew", "kurtosis"]
@@ -87,7 +88,7 @@ def planted(
 def test_planted_neurons_are_counted_exactly(make_run: Callable[..., Run], shape: ModelShape) -> None:
     wide = replace(shape, d_model=64, d_mlp=320, n_vocab=1500)
     weights, classes = planted(wide, np.random.default_rng(0))
-    tables = compute_neurons(make_run(shape=wide, weights=weights), NeuronOptions())
+    tables = compute_tables(NeuronStatistic.open, make_run(shape=wide, weights=weights), NeuronOptions())
     found = {
         (row["layer"], row["unit"]): row["class"]
         for row in tables["neurons"].to_pylist()
@@ -105,8 +106,10 @@ def test_planted_neurons_are_counted_exactly(make_run: Callable[..., Run], shape
 
 def test_gaussian_weights_have_neither_kind(make_run: Callable[..., Run], shape: ModelShape) -> None:
     wide = replace(shape, d_model=256, n_vocab=4000, d_mlp=64)
-    tables = compute_neurons(
-        make_run(shape=wide, weights={"ln_final.w": np.ones(256, dtype=np.float32)}), NeuronOptions()
+    tables = compute_tables(
+        NeuronStatistic.open,
+        make_run(shape=wide, weights={"ln_final.w": np.ones(256, dtype=np.float32)}),
+        NeuronOptions(),
     )
     kurtosis = tables["neurons"]["kurtosis"].to_numpy()
     assert abs(kurtosis.mean() - 3) < 0.05
@@ -115,8 +118,8 @@ def test_gaussian_weights_have_neither_kind(make_run: Callable[..., Run], shape:
 
 def test_the_threshold_decides(make_run: Callable[..., Run]) -> None:
     run = make_run()
-    kurtosis = compute_neurons(run, NeuronOptions())["neurons"]["kurtosis"].to_numpy()
-    table = compute_neurons(run, NeuronOptions(threshold=2.5))["neurons"].to_pandas()
+    kurtosis = compute_tables(NeuronStatistic.open, run, NeuronOptions())["neurons"]["kurtosis"].to_numpy()
+    table = compute_tables(NeuronStatistic.open, run, NeuronOptions(threshold=2.5))["neurons"].to_pandas()
     assert ((table["class"] != "other") == (kurtosis > 2.5)).all()
     assert (table[table["class"] == "prediction"]["skew"] > 0).all()
     assert (table[table["class"] == "suppression"]["skew"] < 0).all()
@@ -125,8 +128,8 @@ def test_the_threshold_decides(make_run: Callable[..., Run]) -> None:
 def test_a_neuron_that_writes_nothing_is_null(make_run: Callable[..., Run], shape: ModelShape) -> None:
     W_out = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float32)
     W_out[1, 5] = 0.0
-    row = compute_neurons(make_run(shape=shape, weights={"W_out": W_out}), NeuronOptions())[
-        "neurons"
-    ].to_pylist()[21]
+    row = compute_tables(
+        NeuronStatistic.open, make_run(shape=shape, weights={"W_out": W_out}), NeuronOptions()
+    )["neurons"].to_pylist()[21]
     assert (row["layer"], row["unit"], row["class"]) == (1, 5, "other")
     assert row["mean"] is row["kurtosis"] is None

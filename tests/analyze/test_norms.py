@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from layerlake.analyze.norms import COMPONENTS, NormsOptions, compute_norms
+from layerlake.analyze.norms import COMPONENTS, NormsOptions, NormsStatistic
+from layerlake.analyze.reduce import compute_tables
 from layerlake.catalog.run import Run
 from layerlake.catalog.shapes import ModelShape
 
@@ -39,7 +40,7 @@ def test_norms_equal_one_shot_numpy(
     if norm == "layernorm":
         vectors -= vectors.mean(axis=-1, keepdims=True)
     norms = np.linalg.norm(vectors, axis=-1)[:, :, mask]  # [layer, component, token]
-    tables = compute_norms(run, NormsOptions())
+    tables = compute_tables(NormsStatistic.open, run, NormsOptions())
     document = run.tokens["document"].to_numpy()[mask]
     sums = np.stack([norms[:, :, document == d].sum(axis=-1) for d in np.unique(document)])
     counts = np.unique(document, return_counts=True)[1]
@@ -80,7 +81,9 @@ def test_norms_equal_one_shot_numpy(
 
 def test_norm_tokens_is_a_sample_and_norms_is_not(make_run: Callable[..., Run]) -> None:
     run = make_run()
-    some, all_of_them = (compute_norms(run, NormsOptions(tokens=tokens)) for tokens in ("7", "all"))
+    some, all_of_them = (
+        compute_tables(NormsStatistic.open, run, NormsOptions(tokens=tokens)) for tokens in ("7", "all")
+    )
     assert some["norm_tokens"].num_rows == 7 * 6
     assert all_of_them["norm_tokens"].num_rows == 26 * 6
     assert some["norms"].drop_columns("tokens").equals(all_of_them["norms"].drop_columns("tokens"))
@@ -90,7 +93,7 @@ def test_components_that_write_nothing_have_no_ratio(make_run: Callable[..., Run
     """The same number in every dimension is nothing to LayerNorm."""
     ones = np.ones((3, 36, shape.d_model), dtype=np.float32)
     run = make_run(shape=shape, values={"mlp_out": ones[:2], "resid": ones})
-    attn, mlp, residual = compute_norms(run, NormsOptions())["norms"].to_pylist()[:3]
+    attn, mlp, residual = compute_tables(NormsStatistic.open, run, NormsOptions())["norms"].to_pylist()[:3]
     assert attn["mean_norm"] > 0
     assert mlp["mean_norm"] == residual["mean_norm"] == 0
     assert attn["attn_mlp_ratio"] is attn["median_attn_mlp_ratio"] is attn["relative_norm"] is None

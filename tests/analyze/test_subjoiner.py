@@ -13,11 +13,10 @@ import pytest
 from scipy import stats  # type: ignore[import-untyped]
 
 from layerlake.analyze.analyses import run_analysis
-from layerlake.analyze.reduce import reduce_statistic
+from layerlake.analyze.reduce import compute_tables, reduce_statistic
 from layerlake.analyze.subjoiner import (
     SubjoinerOptions,
     SubjoinerStatistic,
-    compute_subjoiner,
     permutation_p_values,
 )
 from layerlake.catalog.errors import AnalysisError, SiteNotFound
@@ -102,7 +101,9 @@ def planted(make_run: Callable[..., Run], shape: ModelShape) -> Callable[..., Ru
 
 
 def subjoin(run: Run, **options: Any) -> tuple[Rows, Rows]:
-    tables = compute_subjoiner(run, SubjoinerOptions(**options), scheduler="synchronous")
+    tables = compute_tables(
+        SubjoinerStatistic.open, run, SubjoinerOptions(**options), scheduler="synchronous"
+    )
     assert [*tables] == ["subjoiner", "subjoiner_attention"]
     heads, attention = (table.to_pylist() for table in tables.values())
     return heads, attention

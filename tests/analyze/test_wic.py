@@ -16,7 +16,8 @@ from sklearn.model_selection import GridSearchCV, GroupShuffleSplit, PredefinedS
 from tests.conftest import TINY, build_run
 
 from layerlake.analyze.analyses import run_all, run_analysis
-from layerlake.analyze.wic import C_GRID, FEATURES, WicOptions, compute_wic, pair_features
+from layerlake.analyze.reduce import compute_tables
+from layerlake.analyze.wic import C_GRID, FEATURES, WicOptions, WicStatistic, pair_features
 from layerlake.analyze.wic_items import choose_items
 from layerlake.capture.placement import Prompt
 from layerlake.catalog.errors import AnalysisError, SiteNotFound
@@ -64,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def tables(run: Run) -> dict[str, pa.Table]:
-    return compute_wic(run, WicOptions())
+    return compute_tables(WicStatistic.open, run, WicOptions())
 
 
 def rows_of(table: pa.Table, **where: Any) -> list[dict[str, Any]]:
@@ -110,7 +111,7 @@ def test_probes_equal_a_grid_search(tmp_path: Any, pooling: Any, dtype: str) -> 
     run = build(tmp_path, dtype=dtype)
     words = [f"word{i % N_WORDS}" for i in range(N_TRAIN)]
     start = SPAN[1] - 1 if pooling == "last" else SPAN[0]
-    found = compute_wic(run, WicOptions(pooling=pooling, seeds=2))["wic"]
+    found = compute_tables(WicStatistic.open, run, WicOptions(pooling=pooling, seeds=2))["wic"]
     for boundary in range(3):
         stored = np.concatenate([run.read("resid", boundary, part) for part in run.manifest.partitions])
         vectors = stored.reshape(N, 2, LENGTH, -1)[:, :, start : SPAN[1]].astype(np.float64).mean(axis=2)
@@ -172,7 +173,7 @@ def test_intervals_and_standard_errors(tables: dict[str, pa.Table]) -> None:
 
 
 def test_one_seed_has_no_spread(run: Run) -> None:
-    summary = compute_wic(run, WicOptions(seeds=1))["wic_summary"].to_pylist()
+    summary = compute_tables(WicStatistic.open, run, WicOptions(seeds=1))["wic_summary"].to_pylist()
     assert all(row["stderr_seeds"] is None and row["accuracy_lo"] is not None for row in summary)
 
 
@@ -180,7 +181,7 @@ def test_equal_states_of_a_word_tell_nothing(tmp_path: Any) -> None:
     """As the embeddings of a word that is written alike twice, where positions are not embedded."""
     states = STATES.copy()
     states[0] = STATES[0, np.arange(N) % N_WORDS, :1, :1]
-    summary = compute_wic(build(tmp_path, states=states), WicOptions())["wic_summary"]
+    summary = compute_tables(WicStatistic.open, build(tmp_path, states=states), WicOptions())["wic_summary"]
     for row in rows_of(summary, layer=-1):
         assert row["accuracy"] == pytest.approx(0.5, abs=0.13)
     (cosine,) = rows_of(summary, layer=-1, features="cosine")  # 1 for every item, so one answer for all
@@ -192,7 +193,7 @@ def test_equal_states_of_a_word_tell_nothing(tmp_path: Any) -> None:
 def test_what_has_no_cosine_is_null_with_a_reason(tmp_path: Any) -> None:
     states = STATES.copy()
     states[1] = 0.3
-    tables = compute_wic(build(tmp_path, states=states), WicOptions(seeds=2))
+    tables = compute_tables(WicStatistic.open, build(tmp_path, states=states), WicOptions(seeds=2))
     for view, n_rows in (("wic", 2), ("wic_summary", 1)):
         void = rows_of(tables[view], layer=0, features="cosine")
         assert len(void) == n_rows
@@ -210,7 +211,7 @@ def test_what_has_no_cosine_is_null_with_a_reason(tmp_path: Any) -> None:
 def test_a_fit_that_does_not_converge_is_noted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layerlake.analyze.wic._MAX_ITERATIONS", 1)
     with pytest.warns(match="failed to converge"):
-        tables = compute_wic(run, WicOptions(seeds=1), scheduler="synchronous")
+        tables = compute_tables(WicStatistic.open, run, WicOptions(seeds=1), scheduler="synchronous")
     notes = {row["note"] for row in tables["wic"].to_pylist()}
     assert "a fit did not converge in 1 iterations" in notes
 
@@ -257,7 +258,7 @@ def test_items_do_not_depend_on_the_order_of_documents(run: Run) -> None:
 def test_the_other_split_is_found_by_its_usual_names(run: Run, name: str) -> None:
     renamed = edited(run, lambda row: row | {"split": row["split"].replace("dev", name)})
     assert choose_items(renamed, "train", "auto", pooling="last").dev_split == name
-    found = compute_wic(renamed, WicOptions(seeds=1))["wic"]
+    found = compute_tables(WicStatistic.open, renamed, WicOptions(seeds=1))["wic"]
     assert set(found["dev_split"].to_pylist()) == {name}
 
 
@@ -323,13 +324,13 @@ def test_too_few_items_are_counted(run: Run) -> None:
 
 def test_items_of_one_word_are_refused(run: Run) -> None:
     with pytest.raises(AnalysisError, match=f"All {N_TRAIN} wic items .* are about the word 'spring'"):
-        compute_wic(edited(run, lambda row: row | {"word": "spring"}), WicOptions())
+        compute_tables(WicStatistic.open, edited(run, lambda row: row | {"word": "spring"}), WicOptions())
 
 
 def test_words_that_leave_one_label_are_refused(run: Run) -> None:
     told = edited(run, lambda row: row | {"word": "even" if row["label"] else "odd"})
     with pytest.raises(AnalysisError, match=r"With seed 0, .* all have the label [01]"):
-        compute_wic(told, WicOptions())
+        compute_tables(WicStatistic.open, told, WicOptions())
 
 
 def test_no_seed_is_refused() -> None:
@@ -347,7 +348,7 @@ def test_a_state_that_is_not_a_number_is_named(tmp_path: Any) -> None:
     states = STATES.copy()
     states[1, 5, 0, SPAN[1] - 1, 3] = np.nan
     with pytest.raises(AnalysisError, match=r"1 values that are not finite .* site 'resid', layer 1"):
-        compute_wic(build(tmp_path, states=states), WicOptions())
+        compute_tables(WicStatistic.open, build(tmp_path, states=states), WicOptions())
 
 
 # -- as an analysis -----------------------------------------------------------------------------

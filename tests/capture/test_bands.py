@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerlake.analyze.attention import AttentionOptions, compute_attention
+from layerlake.analyze.attention import AttentionOptions, AttentionStatistic
+from layerlake.analyze.reduce import compute_tables
 from layerlake.capture.bands import band_sums
 from layerlake.catalog import bands
 from layerlake.catalog.run import Run
@@ -107,7 +108,9 @@ def test_a_captured_run_is_as_local_by_its_sums_as_by_its_pattern(captured: Capt
     held = {site: where for site, where in captured.run.manifest.sites.items() if site != "attn_band"}
     without = Run(captured.run.store, replace(captured.run.manifest, sites=held))
     by_sums, by_pattern = (
-        compute_attention(run, AttentionOptions(), scheduler="synchronous")["attention_locality"]
+        compute_tables(AttentionStatistic.open, run, AttentionOptions(), scheduler="synchronous")[
+            "attention_locality"
+        ]
         for run in (captured.run, without)
     )
     assert {*by_sums["source"].to_pylist(), *by_pattern["source"].to_pylist()} == {"attn_band", "pattern"}

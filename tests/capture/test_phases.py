@@ -1,16 +1,11 @@
-"""Several writers at once, in every order that can be thought of: each operation on the store is a step.
-
-The writers are threads of which one runs at a time. A drawn schedule says which, for how many steps, and who
-dies where, so that whatever fails can be repeated.
-"""
+"""Several writers at once: a drawn schedule says whose turn it is, for how many steps, and who dies where."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,6 +40,8 @@ from layerlake.catalog.run import Run
 from layerlake.catalog.shapes import ModelShape
 from layerlake.catalog.stores import Store
 
+from .race import Play, Stepping
+
 RUN_ID = "tiny-00000000"
 LENGTHS = (3, 1, 2, 4, 1, 2, 4)
 SHAPE = ModelShape(
@@ -73,7 +70,7 @@ def first_plan(*sites: str) -> FrozenPlan:
     return FrozenPlan(manifest, work, adds_documents=True, n_threads=1, request={"sites": list(sites)})
 
 
-PLAN, RIVAL = first_plan("resid", "attn_band"), first_plan("attn_out")
+PLAN, RIVAL = first_plan("resid", "attn_band"), first_plan("resid")
 PLACED = place_documents(ENCODED, GEOMETRY)
 DOCUMENTS = {
     row["document"]: PlacedDocument(row["document"], item.token_ids, row["row_start"], row["pair_start"])
@@ -138,135 +135,8 @@ def verify(store: Store) -> None:
             assert (len(content), f"{zlib.crc32(content):08x}") == (record["nbytes"], record["crc32"]), record
 
 
-class Crash(BaseException):
-    """Ends a writer as kill −9 would: nothing may catch it."""
-
-
-class Stepping(Store):
-    """A store of which one writer's operations are steps: before each it waits for its turn.
-
-    Or, where a writer is not to pause between its last look and what it writes then, before some of them.
-    """
-
-    def __init__(self, url: str, step: Callable[[], None], *, pauses_before_writes: bool) -> None:
-        super().__init__(url)
-        self._step_always, self._pauses_before_writes = step, pauses_before_writes
-
-    def _step(self, name: str = "", *, is_last_look: bool = False) -> None:
-        if self._pauses_before_writes or not (is_last_look or name.endswith(("open.json", "plan.json"))):
-            self._step_always()
-
-    def read(self, name: str) -> bytes:
-        self._step(name)
-        return super().read(name)
-
-    def exists(self, name: str) -> bool:
-        self._step(name)
-        return super().exists(name)
-
-    def list(self, name: str) -> list[str]:
-        self._step()
-        return super().list(name)
-
-    def write(self, name: str, content: bytes | memoryview) -> None:
-        self._step(is_last_look=True)
-        super().write(name, content)
-
-    def create(self, name: str, content: bytes) -> None:
-        self._step(is_last_look=True)
-        super().create(name, content)
-
-    def write_json(self, name: str, value: Any, *, create: bool = False) -> None:
-        self._step(is_last_look=True)
-        super().write_json(name, value, create=create)
-
-    def delete(self, name: str) -> None:
-        """A folder goes object by object: this is where remote stores may be interrupted."""
-        names = [each for each, _ in super().walk(name)]
-        for each in names or [name]:
-            self._step(is_last_look=True)
-            super().delete_all([each])
-
-
-class _Writer:
-    def __init__(self, play: Play, url: str, dies_at: int | None, *, pauses_before_writes: bool) -> None:
-        self.store = Stepping(url, self._step, pauses_before_writes=pauses_before_writes)
-        self.dies_at = dies_at
-        self.n_steps = 0
-        self.is_done = False
-        self.result: Manifest | BaseException | None = None
-        self._play = play
-        self._turn = threading.Semaphore(0)
-
-    def start(self, function: Callable[[Store], Manifest | None]) -> None:
-        threading.Thread(target=self._run, args=(function,), daemon=True).start()
-
-    def _run(self, function: Callable[[Store], Manifest | None]) -> None:
-        self._turn.acquire()
-        try:
-            self.result = function(self.store)
-        except BaseException as error:  # noqa: BLE001  # looked at by the test
-            self.result = error
-        self.is_done = True
-        self._play.stopped.release()
-
-    def _step(self) -> None:
-        self._play.stopped.release()
-        self._turn.acquire()
-        if self.n_steps == self.dies_at:
-            raise Crash
-        self.n_steps += 1
-
-    def advance(self) -> None:
-        self._turn.release()
-        self._play.stopped.acquire()
-
-
-class Play:
-    """Runs several writers by a schedule.
-
-    Parameters
-    ----------
-    url : str
-        An empty lake.
-    functions : sequence of callable
-        One a writer: is given its store.
-    schedule : sequence of (int, int)
-        Which of those that are still there goes, and for how many steps; after its end, one after the other.
-    deaths : mapping
-        Writer → the step at which it dies.
-    pauses_before_writes : bool
-        Whether a writer may stand still between its last look at the store and what it writes then.
-    """
-
-    def __init__(
-        self, url: str, functions: Sequence[Callable[[Store], Manifest | None]], schedule: Sequence[tuple[int, int]],
-        deaths: Mapping[int, int], *, pauses_before_writes: bool = True,
-    ) -> None:  # fmt: skip
-        self.stopped = threading.Semaphore(0)
-        self.store = Store(url)
-        self.writers = [
-            _Writer(self, url, deaths.get(i), pauses_before_writes=pauses_before_writes)
-            for i in range(len(functions))
-        ]
-        for writer, function in zip(self.writers, functions, strict=True):
-            writer.start(function)
-        for which, n_steps in itertools.chain(schedule, itertools.repeat((0, 10))):
-            alive = [writer for writer in self.writers if not writer.is_done]
-            if not alive:
-                break
-            writer = alive[which % len(alive)]
-            for _ in range(n_steps):
-                if not writer.is_done:
-                    writer.advance()
-            verify(self.store)  # whatever is committed is whole, at every moment
-
-    @property
-    def failures(self) -> list[BaseException]:
-        """What ended writers, but for their deaths."""
-        found = (writer.result for writer in self.writers)
-        return [each for each in found if isinstance(each, BaseException) and not isinstance(each, Crash)]
-
+play_out = partial(Play, watch=verify)
+"""Whatever is committed is whole, at every moment."""
 
 _lakes = itertools.count()
 
@@ -291,7 +161,7 @@ N_STEPS = 150
 
 
 def test_a_writer_takes_about_so_many_steps() -> None:
-    play = Play(new_url(), [capture], [], {})
+    play = play_out(new_url(), [capture], [], {})
     assert N_STEPS / 2 < play.writers[0].n_steps < N_STEPS
 
 
@@ -303,7 +173,7 @@ def test_whatever_the_order_one_capture_comes_out(
     """Three writers with a third each or with all of it; some die. Another always finishes, to the same bytes."""
     shares = [Share(i, 3) for i in range(3)] if shared else [Share()] * 3
     url = new_url()
-    play = Play(url, [partial(capture, share=share) for share in shares], schedule, deaths)
+    play = play_out(url, [partial(capture, share=share) for share in shares], schedule, deaths)
     assert play.failures == []
     manifest = capture(play.store)
     verify(play.store)
@@ -324,7 +194,7 @@ def test_unlike_machines_that_write_the_same_partitions_agree_in_the_end(
     schedule: list[tuple[int, int]], deaths: dict[int, int], machines: tuple[int, int, int]
 ) -> None:
     """Or give up. Nobody can keep one apart that stands still between looking and writing, so that none does here."""
-    play = Play(
+    play = play_out(
         new_url(),
         [partial(capture, machine=machine) for machine in machines],
         schedule, deaths, pauses_before_writes=False,
@@ -343,12 +213,12 @@ def test_of_two_different_captures_one_is_open(
     schedule: list[tuple[int, int]], deaths: dict[int, int], sequential: dict[str, bytes]
 ) -> None:
     """The other is refused, at once or when it sees that it was overtaken; it may come too late to a whole run."""
-    plans = [PLAN, PLAN, RIVAL]
-    play = Play(new_url(), [partial(capture, plan=plan) for plan in plans], schedule, deaths)
+    rival = partial(capture, plan=RIVAL, machine=1)  # other values under the same names
+    play = play_out(new_url(), [capture, capture, rival], schedule, deaths)
     assert all(isinstance(error, CaptureInProgress) for error in play.failures)
-    for plan in (PLAN, RIVAL):
+    for plan, again in ((PLAN, capture), (RIVAL, rival)):
         try:
-            manifest = capture(play.store, plan)
+            manifest = again(play.store)
         except CaptureInProgress:
             continue
         assert manifest is not None
@@ -373,7 +243,7 @@ def test_two_finalise_at_once_and_return_the_same_snapshot(
     store = Store(new_url())
     init_capture(store, PLAN, documents=PLACED.documents, tokens=PLACED.tokens)
     write_partitions(store, PLAN, PLAN.work)
-    play = Play(store.url, [lambda store: finalise_capture(store, PLAN)] * 2, schedule, {})
+    play = play_out(store.url, [lambda store: finalise_capture(store, PLAN)] * 2, schedule, {})
     first, second = (writer.result for writer in play.writers)
     assert isinstance(first, Manifest)
     assert first == second == read_manifest(store, RUN_ID)
@@ -381,25 +251,31 @@ def test_two_finalise_at_once_and_return_the_same_snapshot(
     store.delete("")
 
 
-@pytest.mark.parametrize("pause", range(0, N_STEPS, 4))
+@pytest.mark.parametrize("pauses_before_writes", [False, True])
 def test_a_writer_that_wakes_after_the_commit_writes_nothing(
-    pause: int, sequential: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    pauses_before_writes: bool, sequential: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stood still anywhere but between looking and writing, and another did everything meanwhile."""
-    written: list[str] = []
+    """Another did everything while it stood still, or is cleaning up. Only what it was about to write, it writes."""
+    late: list[str] = []
     write = Stepping.write
 
     def note(store: Stepping, name: str, content: bytes | memoryview) -> None:
-        if Store(store.url).list(f"runs/{RUN_ID}/log"):  # not a step
-            written.append(name)
         write(store, name, content)
+        if Store(store.url).list(f"runs/{RUN_ID}/log") and ("activations" in name or "attn_band" in name):
+            late.append(name)
 
     monkeypatch.setattr(Stepping, "write", note)
-    play = Play(new_url(), [capture, capture], [(0, pause), (1, 10_000)], {}, pauses_before_writes=False)
-    assert play.failures == []
-    assert not [name for name in written if "activations" in name or "attn_band" in name]
-    assert objects(play.store) == sequential
-    play.store.delete("")
+    after_all = [(pause, 10_000) for pause in (*range(20), *range(20, N_STEPS, 4))]
+    while_cleaning = [(40, n_steps) for n_steps in range(N_STEPS // 2, N_STEPS)]
+    for pause, n_steps in after_all + while_cleaning:
+        late.clear()
+        schedule = [(0, pause), (1, n_steps), (0, 10_000)]
+        both = [capture, capture]
+        play = play_out(new_url(), both, schedule, {}, pauses_before_writes=pauses_before_writes)
+        assert play.failures == []
+        assert len(late) <= pauses_before_writes, (pause, n_steps)
+        assert objects(play.store) == sequential, (pause, n_steps)
+        play.store.delete("")
 
 
 @pytest.fixture
@@ -500,7 +376,7 @@ def test_a_run_that_was_removed_since_is_not_extended() -> None:
     extension = dataclasses.replace(PLAN, manifest=dataclasses.replace(PLAN.manifest, number=3))
     with pytest.raises(CaptureInProgress, match="or the run was removed"):
         capture(store, extension)
-    assert not store.exists(reservation_path(RUN_ID))
+    assert not store.exists(reservation_path(RUN_ID))  # nor held
 
 
 def test_an_array_that_another_has_made_is_not_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ import torch
 import transformers
 
 from layerlake import SITES, CaptureSpec, Run, capture_run, open_lake
-from layerlake.analyze.attention import AttentionOptions, compute_attention
+from layerlake.analyze.attention import AttentionOptions, AttentionStatistic
+from layerlake.analyze.reduce import compute_tables
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -158,7 +159,9 @@ def test_attention_is_as_local_by_its_sums_as_by_its_pattern(real: Real) -> None
     held = {site: partitions for site, partitions in run.manifest.sites.items() if site != "attn_band"}
     without = Run(run.store, dataclasses.replace(run.manifest, sites=held))
     by_sums, by_pattern = (
-        compute_attention(each, AttentionOptions(), scheduler="synchronous")["attention_locality"].to_pandas()
+        compute_tables(AttentionStatistic.open, each, AttentionOptions(), scheduler="synchronous")[
+            "attention_locality"
+        ].to_pandas()
         for each in (run, without)
     )
     assert {*by_sums.source} == {"attn_band"}
