@@ -29,6 +29,7 @@ from .cka import CKA_VERSION, CKA_VIEWS, CkaOptions, CkaStatistic
 from .ing import ING_VERSION, ING_VIEWS, IngOptions, compute_ing
 from .lens import LENS_VERSION, LENS_VIEWS, LensOptions, LensStatistic
 from .neurons import NEURONS_VERSION, NEURONS_VIEWS, NeuronOptions, NeuronStatistic
+from .nonfinite import find_nonfinite
 from .norms import NORMS_VERSION, NORMS_VIEWS, NormsOptions, NormsStatistic
 from .reduce import reduce_statistic, require_scheduler
 from .statistic import State, Statistic, choose_sites
@@ -121,6 +122,7 @@ def run_analysis(
     options: Any = None,
     scheduler: str = "threads",
     progress: bool = False,
+    exclude_nonfinite: bool = False,
 ) -> Finding:
     """Compute an analysis for some runs, or read from the lake what was computed before.
 
@@ -136,6 +138,9 @@ def run_analysis(
         The analysis's options; those not given have their defaults.
     scheduler, progress
         As in :func:`layerlake.analyze.reduce.reduce_statistic`.
+    exclude_nonfinite : bool
+        Leave out documents that hold a value that is NaN or infinite in a site that is read, instead of raising
+        AnalysisError. The sites are read once more for it; which documents it are is part of the finding's key.
 
     Raises
     ------
@@ -152,12 +157,20 @@ def run_analysis(
     opened = lake.runs(runs) or [lake.run()]  # which says that there are none
     for run in opened:
         choose_sites(run, analysis.sites)
+    if exclude_nonfinite:
+        opened = [_without_nonfinite(analysis, run, scheduler=scheduler) for run in opened]
     return merge_findings(
         [
             _find_or_compute(lake, analysis, run, chosen, scheduler=scheduler, progress=progress)
             for run in opened
         ]
     )
+
+
+def _without_nonfinite(analysis: Analysis, run: Run, *, scheduler: str) -> Run:
+    sites = choose_sites(run, analysis.sites)
+    found = find_nonfinite(run, sites, scheduler=scheduler) if sites else None
+    return run.excluding(found["document"].to_pylist()) if found is not None else run
 
 
 def run_all(

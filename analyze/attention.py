@@ -12,9 +12,11 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..catalog.bands import LATE_QUERY, MAX_DISTANCE, N_SUMS, QUERIES, band_counts, band_sums, uniform_sums
 from ..catalog.errors import CorruptRun
+from ..catalog.layout import n_pairs
 from ..catalog.manifest import Partition
 from ..catalog.run import Run
 from ..catalog.sites import ANALYSIS_SITES
@@ -119,15 +121,29 @@ class AttentionStatistic(Statistic[AttentionBlock]):
             values = self._read_sums(run, partition, unit.items)
             by_layer = values.swapaxes(0, 1)
         else:
-            values = run.read("pattern", int(layers[0]), partition)
+            values = self._read_pairs(run, int(layers[0]), partition, unit.items)
             by_layer = values[None]
         for layer, found in zip(layers, by_layer, strict=True):
             require_finite(run, self.source, layer, found)
         return AttentionBlock(layers, unit.items, values)
 
+    def _read_pairs(self, run: Run, layer: int, partition: Partition, items: Ints) -> npt.NDArray[Any]:
+        """Read the pairs of a partition's documents, one after the other: ``[head, pair]``."""
+        values = run.read("pattern", layer, partition)
+        if len(items) == partition.n_documents:
+            return values
+        first, _ = run.span("pattern", partition)
+        starts = self.pair_starts[items] - first
+        spans = zip(starts, self.lengths[items], strict=True)
+        return np.concatenate([values[:, start : start + n_pairs(int(n))] for start, n in spans], axis=1)
+
     def _read_sums(self, run: Run, partition: Partition, items: Ints) -> npt.NDArray[np.float32]:
         """Read a partition of ``attn_band``: float32 ``[document, layer, head, query set, sum]``."""
-        table = run.read_attn_band(partition, columns=["document", "distance_sums", "bos_sum"])
+        columns = ["document", "distance_sums", "bos_sum"]
+        wanted = (
+            None if len(items) == partition.n_documents else pc.field("document").isin(self.documents[items])
+        )
+        table = run.read_attn_band(partition, columns=columns, where=wanted)
         rows_each = self.n_layers * self.n_heads * len(QUERIES)
         if not np.array_equal(table["document"].to_numpy(), np.repeat(self.documents[items], rows_each)):
             raise CorruptRun(
@@ -145,8 +161,9 @@ class AttentionStatistic(Statistic[AttentionBlock]):
         if self.source == "attn_band":
             sums = block.values
         else:
-            starts = self.pair_starts[block.items]
-            sums = band_sums(block.values, self.lengths[block.items], starts - starts[0])[:, None]
+            n = self.lengths[block.items]
+            pairs = n * (n + 1) // 2
+            sums = band_sums(block.values, n, np.cumsum(pairs) - pairs)[:, None]
         keys = self._keys(block.items, block.layers)
         return State.of(keys, sums.sum(axis=2, dtype=np.float64).reshape(-1, len(QUERIES), N_SUMS))
 

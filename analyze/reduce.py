@@ -73,7 +73,9 @@ def reduce_statistic(
     units, held = _split_known(statistic, statistic.units(), known)
     if not units:
         return held
-    run = Run(run.store, run.manifest)  # without the tables that the other has read: it may have to travel
+    run = Run(
+        run.store, run.manifest, excluded=run.excluded
+    )  # without the tables that the other has read: it may have to travel
     if "://" in scheduler:
         return statistic.merge(held, _reduce_on_cluster(statistic, run, units, scheduler))
     from dask.delayed import delayed

@@ -219,7 +219,8 @@ def require_finite(run: Run, site: str, layer: int, values: npt.NDArray[Any]) ->
         raise AnalysisError(
             f"Run {run.run_id} holds {n_bad} values that are not finite (NaN or infinite) among the {values.size} "
             f"just read of site '{site}', layer {layer}.",
-            hint="Nothing was averaged over them. Check the run: layerlake verify LAKE --run " + run.run_id,
+            hint="Nothing was averaged over them. Leave out the documents that hold them: --exclude-nonfinite. "
+            f"Are they as captured? layerlake verify LAKE --run {run.run_id}",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +45,14 @@ class Run:
     ----------
     manifest : Manifest
         The snapshot.
+    excluded : frozenset of int
+        Documents that are taken for not stored (:meth:`excluding`).
     """
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
+    def __init__(self, store: Store, manifest: Manifest, *, excluded: frozenset[int] = frozenset()) -> None:
         self.store = store
         self.manifest = manifest
+        self.excluded = excluded
 
     def __repr__(self) -> str:
         held = ", ".join(self.sites)
@@ -85,12 +88,12 @@ class Run:
     @cached_property
     def stored_documents(self) -> pa.Table:
         """The documents that have rows: status ``stored`` or ``cut``."""
-        return self.documents.filter(pc.not_equal(self.documents["status"], "refused"))
+        return self._kept(self.documents.filter(pc.not_equal(self.documents["status"], "refused")))
 
     @cached_property
     def tokens(self) -> pa.Table:
         """One row a stored token: row, document, position, token_id (``tables.TOKENS``)."""
-        return self._table("tokens", TOKENS)
+        return self._kept(self._table("tokens", TOKENS))
 
     @cached_property
     def vocab(self) -> pa.Table:
@@ -105,6 +108,18 @@ class Run:
     def _table(self, name: str, schema: pa.Schema) -> pa.Table:
         paths = [part_path(self.run_id, name, part) for part in self.manifest.parts.get(name, ())]
         return read_parts(self.store, paths, schema)
+
+    def excluding(self, documents: Iterable[int]) -> Run:
+        """Return the run without some documents: ``stored_documents``, ``tokens`` and ``masked_tokens`` leave them out.
+
+        What is read by place (:meth:`read`, :meth:`array`) is as it lies.
+        """
+        return Run(self.store, self.manifest, excluded=self.excluded | frozenset(documents))
+
+    def _kept(self, table: pa.Table) -> pa.Table:
+        if not self.excluded:
+            return table
+        return table.filter(np.isin(table["document"].to_numpy(), list(self.excluded), invert=True))
 
     # -- weights --------------------------------------------------------------------------------
 
@@ -164,7 +179,8 @@ class Run:
         """Return what the run holds of a site, as a part of a finding's key."""
         self.require_site(site)
         held = [p for p in self.manifest.partitions if p.index in self.manifest.sites[site]]
-        return {"n_tokens": sum(p.n_rows for p in held), "partitions": [p.index for p in held]}
+        excluded = {"excluded": sorted(self.excluded)} if self.excluded else {}
+        return {"n_tokens": sum(p.n_rows for p in held), "partitions": [p.index for p in held], **excluded}
 
     def array(self, site: str) -> zarr.Array[Any]:
         """Return the site's Zarr array as it lies on disk, with unwritten rows between partitions.
@@ -322,7 +338,8 @@ class Run:
             values = values.map_blocks(decode, "bfloat16", dtype=np.float32)
         coords: dict[str, Any] = {site.dims[0]: np.arange(values.shape[0])}
         if site.rows == "token":
-            coords |= {label: ("token", self.tokens[label].to_numpy()) for label in TOKENS.names}
+            tokens = self._table("tokens", TOKENS) if self.excluded else self.tokens
+            coords |= {label: ("token", tokens[label].to_numpy()) for label in TOKENS.names}
         return xarray.DataArray(values, dims=site.dims, coords=coords, name=name)
 
     # -- the evaluation mask --------------------------------------------------------------------

@@ -55,7 +55,13 @@ class Lake(CatalogLake):
         return sql.connect(self, run=run)
 
     def analyze(
-        self, name: str, *, run: str | Sequence[str] = (), scheduler: str = "threads", **options: Any
+        self,
+        name: str,
+        *,
+        run: str | Sequence[str] = (),
+        scheduler: str = "threads",
+        exclude_nonfinite: bool = False,
+        **options: Any,
     ) -> Finding:
         """Compute an analysis for some runs, or read it from the lake if that was done before.
 
@@ -67,6 +73,8 @@ class Lake(CatalogLake):
             Runs by id or unique prefix; all runs if empty.
         scheduler : str
             Dask's: ``synchronous``, ``threads``, or the address of a cluster.
+        exclude_nonfinite : bool
+            Leave out documents that hold NaN or infinities, which are an error otherwise.
         **options
             The analysis's own options; see ``layerlake analyze LAKE NAME --help``.
 
@@ -80,7 +88,14 @@ class Lake(CatalogLake):
         from .analyze.analyses import run_analysis
 
         prefixes = (run,) if isinstance(run, str) else tuple(run)
-        return run_analysis(self, name, runs=prefixes, options=options, scheduler=scheduler)
+        return run_analysis(
+            self,
+            name,
+            runs=prefixes,
+            options=options,
+            scheduler=scheduler,
+            exclude_nonfinite=exclude_nonfinite,
+        )
 
     def report(self, path: str | os.PathLike[str], *, run: str | Sequence[str] = ()) -> None:
         """Write the findings of some runs (all if empty) as one self-contained HTML file."""

@@ -65,12 +65,30 @@ def _analysis_command(name: str) -> click.Command:
     kind = ANALYSES[name].options
 
     @click.pass_obj
-    def command(lake: str, /, runs: tuple[str, ...], scheduler: str, as_json: bool, **options: Any) -> None:
+    def command(
+        lake: str,
+        /,
+        runs: tuple[str, ...],
+        scheduler: str,
+        as_json: bool,
+        exclude_nonfinite: bool,
+        **options: Any,
+    ) -> None:
         from ..analyze.analyses import run_analysis
 
         finding = run_analysis(
-            open_lake(lake), name, runs=runs, options=options, scheduler=scheduler, progress=not as_json
-        )
+            open_lake(lake), name, runs=runs, options=options, scheduler=scheduler, progress=not as_json,
+            exclude_nonfinite=exclude_nonfinite,
+        )  # fmt: skip
+        for key in finding.keys:
+            excluded = {number for extent in key.extents.values() for number in extent.get("excluded", ())}
+            if excluded:
+                shown = ", ".join(map(str, sorted(excluded)[:8]))
+                more = ", …" if len(excluded) > 8 else ""
+                console.note(
+                    f"{key.run}: {len(excluded)} documents hold values that are not finite, and are left out "
+                    f"({shown}{more})"
+                )
         if as_json:
             console.print_json(finding.table.to_pylist())
             return
@@ -84,6 +102,11 @@ def _analysis_command(name: str) -> click.Command:
         run_options,
         scheduler_option,
         json_option,
+        click.option(
+            "--exclude-nonfinite",
+            is_flag=True,
+            help="Leave out documents that hold NaN or infinities.",
+        ),
         *(_option(field, types[field.name]) for field in dataclasses.fields(kind)),
     )
     return click.command(name, help=ANALYSES[name].summary)(decorated(command))
