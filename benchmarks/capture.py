@@ -70,9 +70,11 @@ def save_hidden_states(folder: Path, model: Any, batches: list[torch.Tensor]) ->
 @torch.inference_mode()
 def save_cache(folder: Path, model: OpenModel, batches: list[torch.Tensor]) -> None:
     """Baseline b."""
-    names = {"hook_resid_pre", "hook_resid_post"}
+    last = f"blocks.{model.shape.n_layers - 1}.hook_resid_post"  # with all resid_pre the states that a and resid keep
     for i, ids in enumerate(batches):
-        _, cache = model.bridge.run_with_cache(ids, names_filter=lambda name: name.split(".")[-1] in names)
+        _, cache = model.bridge.run_with_cache(
+            ids, names_filter=lambda name: name.endswith("hook_resid_pre") or name == last
+        )
         torch.save({name: value.half() for name, value in cache.items()}, folder / f"{i}.pt")
 
 

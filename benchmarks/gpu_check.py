@@ -28,6 +28,7 @@ from layerlake.capture.execute import place_tokens
 from layerlake.capture.hooks import pad
 from layerlake.capture.model import OpenModel, open_model
 from layerlake.capture.plan import CapturePlan, plan_capture
+from layerlake.catalog.tables import attn_band_sums
 from layerlake.demo.corpus import iter_documents
 from layerlake.demo.tour import demo_model_path
 
@@ -42,9 +43,15 @@ def largest_difference(ours: Run, theirs: Run) -> dict[str, float]:
         for layer in range(ours.array(site).shape[0]):
             for partition in ours.manifest.partitions:
                 a, b = (run.read(site, layer, partition).astype(np.float32) for run in (ours, theirs))
-                difference = float(np.abs(a - b).max() / max(1e-30, float(np.abs(b).max())))
-                worst[site] = max(worst.get(site, 0.0), difference)
-    return worst
+                worst[site] = max(worst.get(site, 0.0), relative_difference(a, b))
+    shape = ours.shape
+    sums = (attn_band_sums(run.attn_band, shape.n_layers, shape.n_heads) for run in (ours, theirs))
+    return worst | {"attn_band": relative_difference(*sums)}
+
+
+def relative_difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """Return the largest difference as a share of the largest value."""
+    return float(np.abs(a - b).max() / max(1e-30, float(np.abs(b).max())))
 
 
 def synchronise(device: torch.device) -> None:
@@ -103,6 +110,8 @@ def check(model: Any, tokenizer: Any, device: torch.device, folder: Path, n_toke
     dataset = folder / "text.jsonl"
     wanted = -(-n_tokens // 512)
     documents = (texts * (1 + wanted // len(texts)))[:wanted]
+    # of all lengths at first, so that the comparison sees padding, and patterns of unequal documents in a batch
+    documents = [texts[0][:n] for n in (40, 900, 300, 1200, 2000, 100)] + documents
     dataset.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
 
     def spec(**options: Any) -> CaptureSpec:

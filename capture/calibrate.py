@@ -14,7 +14,7 @@ from ..catalog.sites import SITES
 from ..catalog.stores import Store
 from .cost import forward_flops
 from .description import describe_model
-from .execute import place_tokens, placed_documents, share_out_memory
+from .execute import numerics, place_tokens, placed_documents, share_out_memory
 from .frozen import FrozenPlan, PartitionWork
 from .memory import N_SLOTS
 from .model import OpenModel, open_model
@@ -74,16 +74,12 @@ def calibrate(plan: CapturePlan, lake: str | os.PathLike[str] | None = None) -> 
     ModelError
         The model cannot be opened.
     """
-    import torch
-
     frozen, spec = plan.frozen, plan.spec
     if frozen is None:
         raise PlanError("There is nothing left to capture, and so nothing to calibrate.")
     description = plan.model or describe_model(
         spec.model, revision=spec.revision, tokenizer=spec.tokenizer, trust_remote_code=spec.trust_remote_code
     )
-    torch.set_num_threads(frozen.n_threads)
-    torch.set_float32_matmul_precision("highest")
     model = open_model(description, device=spec.device, compute_dtype=spec.compute_dtype)
     store = Store(lake) if lake is not None else None
     documents, on_host = placed_documents(plan, store), model.device.type == "cpu"
@@ -93,13 +89,16 @@ def calibrate(plan: CapturePlan, lake: str | os.PathLike[str] | None = None) -> 
     batches = frozen.work[0].batches
     sample = [documents[number] for number in batches[len(batches) // 2]]
     manifest, work, placed = _place_alone(sample, frozen)
-    with Staging(model.device, slot_nbytes=memory.slot_nbytes, n_slots=N_SLOTS) as staging:
+    with (
+        numerics(frozen.n_threads or os.cpu_count() or 1),
+        Staging(model.device, slot_nbytes=memory.slot_nbytes, n_slots=N_SLOTS) as staging,
+    ):
         _run(model, PartitionBuffer(manifest, work, placed), staging)
         buffer = PartitionBuffer(manifest, work, placed)
         forward_s = _run(model, buffer, staging)
     began = time.perf_counter()
     keys = object_keys(manifest, work.sites)
-    nbytes = sum(write_object(_Nowhere("memory://"), manifest, buffer, *key)["nbytes"] for key in keys)
+    nbytes = sum(write_object(_Nowhere("memory://nowhere"), manifest, buffer, *key)["nbytes"] for key in keys)
     encode_s = time.perf_counter() - began
 
     lengths = [document.n_tokens for document in sample]

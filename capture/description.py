@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from ..catalog.stores import Store
 from .digests import digest_files, digest_tensors
 from .extra import import_extra
 from .frozen import digest_json
+from .model_shape import shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,15 +29,13 @@ __all__ = [
     "describe_model",
     "describe_shape",
     "first_line",
-    "shape_of",
     "slug",
 ]
 
-_PARALLEL_FAMILIES = {"phi", "gptj", "codegen", "cohere", "cohere2"}
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _TOKENIZER_FILES = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt",
+    "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
 }  # fmt: skip
 _VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
 
@@ -140,7 +140,7 @@ def describe_model(
     model: str | os.PathLike[str] | PreTrainedModel,
     *,
     revision: str | None = None,
-    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
     store: Store | None = None,
 ) -> ModelDescription:
@@ -168,6 +168,12 @@ def describe_model(
     """
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
+    if isinstance(tokenizer, os.PathLike):
+        tokenizer = os.fspath(tokenizer)
+    if revision is not None and (not isinstance(model, str) or _is_folder(model)):
+        raise ModelError(
+            f"Only a model of the hub has a revision '{revision}'.", hint="Leave --revision out."
+        )
     if not isinstance(model, str):
         if tokenizer is None:
             raise ModelError("A loaded model needs its tokenizer.", hint="Pass tokenizer=….")
@@ -179,17 +185,24 @@ def describe_model(
         description = ModelDescription(name, "", None, digests, tokenizer, trust_remote_code, loaded=model)
     elif _is_folder(model):
         path = Path(model).expanduser().resolve()
-        digests = _folder_digests(path)
+        digests = _folder_digests(path, trust_remote_code)
         description = ModelDescription(
             path.name, str(path), None, digests, tokenizer or str(path), trust_remote_code
         )
     else:
         digests, revision = _hub_digests(model, revision)
+        if trust_remote_code:
+            digests["code"] = revision  # whatever of it may run is that of this commit
         description = ModelDescription(model, model, revision, digests, tokenizer or model, trust_remote_code)
     digests["tokenizer"] = _tokenizer_digest(description)
     known_path = f"{model_path(description.model_id)}/model.json"
     if store is not None and store.exists(known_path):
-        return replace(description, known=store.read_json(known_path))
+        known = store.read_json(known_path)
+        if known["digests"] != digests:
+            raise ModelError(
+                f"Two models have the id {description.model_id}: the one asked for and one in {store.url}."
+            )
+        return replace(description, known=known)
     _ = (
         description.shape,
         description.tokenizer,
@@ -248,8 +261,8 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _folder_digests(path: Path) -> dict[str, str]:
-    """Digest the weights and the config of a local model."""
+def _folder_digests(path: Path, trust_remote_code: bool) -> dict[str, str]:
+    """Digest the weights and the config of a local model, and its code if that may run."""
     files = list(path.glob("*.safetensors"))
     if not (path / "config.json").exists():
         raise ModelError(f"'{path}' is not a model directory: it has no config.json.")
@@ -258,7 +271,12 @@ def _folder_digests(path: Path) -> dict[str, str]:
             f"'{path}' has no *.safetensors.",
             hint="layerlake loads no pickles; convert: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…).",
         )
-    return {"weights": digest_files(files), "config": _config_file_digest(path / "config.json")}
+    code = [*path.glob("*.py")] if trust_remote_code else []
+    return {
+        "weights": digest_files(files),
+        "config": _config_file_digest(path / "config.json"),
+        **({"code": digest_files(code)} if code else {}),
+    }
 
 
 def _hub_digests(model: str, revision: str | None) -> tuple[dict[str, str], str]:
@@ -273,9 +291,9 @@ def _hub_digests(model: str, revision: str | None) -> tuple[dict[str, str], str]
             hint="Check the name, the network, and HF_TOKEN for gated models.",
         ) from error
     files = sorted(
-        [file.rfilename, file.lfs.sha256]
+        [file.rfilename, file.lfs.sha256 if file.lfs else file.blob_id]
         for file in info.siblings or ()
-        if file.rfilename.endswith(".safetensors") and "/" not in file.rfilename and file.lfs
+        if file.rfilename.endswith(".safetensors") and "/" not in file.rfilename
     )
     if not files or info.sha is None:
         raise ModelError(f"The model '{model}' has no *.safetensors on the hub; layerlake loads no pickles.")
@@ -322,18 +340,26 @@ def _open_tokenizer(
 def _tokenizer_digest(description: ModelDescription) -> str:
     """Digest a tokenizer's files; of one that is open already, what it would save."""
     source = description.tokenizer_source
-    if isinstance(source, str) and Path(source).expanduser().is_dir():
-        folder = Path(source).expanduser()
-        return digest_files(path for path in folder.iterdir() if _is_tokenizer_file(path.name))
     if isinstance(source, str):
-        return digest_files(_fetch_tokenizer(source, description))
+        folder = Path(source).expanduser()
+        is_local = folder.is_dir()
+        found = [*folder.iterdir()] if is_local else _fetch_tokenizer(source, description)
+        files = [path for path in found if _is_tokenizer_file(path.name)]
+        if not files:
+            raise ModelError(f"'{source}' has no tokenizer.", hint="Name another: --tokenizer PATH_OR_ID.")
+        return digest_files(files)
     backend = getattr(source, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(source.get_vocab().items()))
     return digest_json([content, [source.bos_token_id, source.eos_token_id]], 64)
 
 
 def _is_tokenizer_file(name: str) -> bool:
-    return name in _TOKENIZER_FILES or name.endswith(".model")
+    return (
+        name in _TOKENIZER_FILES
+        or fnmatch(name, "*.model")
+        or fnmatch(name, "*.tiktoken")
+        or fnmatch(name, "tokenization_*.py")
+    )
 
 
 def _fetch_tokenizer(source: str, description: ModelDescription) -> list[Path]:
@@ -350,42 +376,3 @@ def _fetch_tokenizer(source: str, description: ModelDescription) -> list[Path]:
             f"'{source}' has no tokenizer that can be fetched: {first_line(error)}",
             hint="Name another: --tokenizer PATH_OR_ID.",
         ) from error
-
-
-def shape_of(config: Any) -> ModelShape:
-    """Read the shape from a config; transformers' attribute maps give most families the same names."""
-    text = config.get_text_config()
-
-    def first(*names: str, default: Any = None) -> Any:
-        return next((v for n in names if (v := getattr(text, n, None)) is not None), default)
-
-    def required(*names: str) -> Any:
-        found = first(*names)
-        if found is None:
-            raise ModelError(
-                f"The config of this {text.model_type} model does not say its {names[0]}, which layerlake needs."
-            )
-        return found
-
-    d_model, n_heads = required("hidden_size"), required("num_attention_heads")
-    rms_eps = first("rms_norm_eps")
-    parallel = text.model_type in _PARALLEL_FAMILIES or bool(
-        first("use_parallel_residual", "parallel_attn", default=False)
-    )
-    return ModelShape(
-        family=text.model_type,
-        n_layers=required("num_hidden_layers"),
-        d_model=d_model,
-        n_heads=n_heads,
-        n_kv_heads=first("num_key_value_heads", default=n_heads),
-        d_head=first("head_dim", default=d_model // n_heads),
-        d_mlp=first("intermediate_size", "n_inner", "ffn_dim", default=4 * d_model),
-        n_vocab=text.vocab_size,
-        n_ctx=required("max_position_embeddings", "max_seq_len", "seq_length"),
-        block="parallel" if parallel else "sequential",
-        norm="rmsnorm" if rms_eps is not None else "layernorm",
-        norm_eps=first("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", default=1e-5),
-        act_fn=str(first("hidden_act", "activation_function", "hidden_activation", default="")),
-        gated_mlp=rms_eps is not None,
-        tied_unembed=bool(config.tie_word_embeddings),
-    )

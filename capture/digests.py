@@ -56,8 +56,11 @@ def _cache_folder() -> Path:
 
 
 def digest_files(paths: Iterable[Path]) -> str:
-    """Return the digest of some files' names and contents."""
-    return digest_json([[path.name, file_digest(path)] for path in sorted(paths)], 64)
+    """Return the digest of some files' names and contents; ValueError if there are none: nothing identifies nothing."""
+    found = [[path.name, file_digest(path)] for path in sorted(paths)]
+    if not found:
+        raise ValueError("there are no files to digest")
+    return digest_json(found, 64)
 
 
 def digest_tensors(model: PreTrainedModel) -> str:

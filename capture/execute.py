@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ..catalog.errors import CaptureUnfinished, CorruptRun, PlanError
+from ..catalog.errors import CaptureInProgress, CaptureUnfinished, CorruptRun, PlanError
 from ..catalog.lake import create_lake
 from ..catalog.manifest import Manifest
 from ..catalog.run import Run
 from ..catalog.stores import Store
 from ..console import CaptureProgress
 from .frozen import FrozenPlan, PartitionWork
+from .ledgers import is_open, pending_work, withdraw_disputed
 from .memory import MemoryPlan, plan_memory
 from .model import OpenModel, open_model
 from .model_store import has_model, write_model
 from .partition import PlacedDocument
-from .phases import (
-    finalise_capture,
-    init_capture,
-    is_open,
-    pending_work,
-    release_committed,
-    withdraw_disputed,
-)
+from .phases import await_plan, finalise_capture, init_capture, release_committed
 from .plan import CapturePlan, plan_capture
 from .selfcheck import check_model
 from .share import Share
@@ -41,6 +37,7 @@ __all__ = [
     "capture_run",
     "execute_plan",
     "finalise_plan",
+    "numerics",
     "place_tokens",
     "placed_documents",
     "share_out_memory",
@@ -81,9 +78,11 @@ def capture_run(
     OverflowInCapture
         A value does not fit the stored dtype; the capture stays open.
     """
-    run = execute_plan(plan_capture(spec, lake), lake, progress=progress).run
-    assert run is not None  # noqa: S101  # all partitions were this writer's
-    return run
+    while True:
+        run = execute_plan(plan_capture(spec, lake), lake, progress=progress).run
+        if run is not None:
+            return run
+        # another writer, on an unlike machine, has just withdrawn a partition that this one took for written
 
 
 def execute_plan(
@@ -120,31 +119,31 @@ def execute_plan(
         return Outcome(Run(store, plan.manifest))
     if plan.model is None:
         raise PlanError("There is no text to capture.", hint="Give --dataset.")
-    import torch
-
-    torch.set_num_threads(frozen.n_threads)
-    torch.set_float32_matmul_precision("highest")  # no TF32: float32 means float32 on every device
     model = open_model(plan.model, device=plan.spec.device, compute_dtype=plan.spec.compute_dtype)
-    documents = placed_documents(plan, store)
-    on_host = model.device.type == "cpu"
+    documents, on_host = placed_documents(plan, store), model.device.type == "cpu"
     memory = share_out_memory(plan, frozen, documents, on_host=on_host, is_local=store.is_local)
     first = [documents[number].token_ids.tolist() for number in frozen.work[0].batches[0]]
     sites = sorted({site for work in frozen.work for site in work.sites})
     progress("self-check", 0, 0)
-    checks = check_model(model, first, sites, compute_dtype=plan.spec.compute_dtype)
+    with numerics(frozen.n_threads):
+        checks = check_model(model, first, sites, compute_dtype=plan.spec.compute_dtype)
 
     create_lake(lake)
-    committed = init_capture(store, frozen, documents=plan.documents, tokens=plan.tokens)
-    if committed is not None:
-        return Outcome(Run(store, committed))
+    begun = _begin(plan, lake, store)
+    if begun.frozen is None or begun.model is None:
+        return Outcome(Run(store, begun.manifest))
+    if begun is not plan:  # another writer's plan, which may have been made on another machine
+        plan, frozen = begun, begun.frozen
+        documents = placed_documents(plan, store)
+        memory = share_out_memory(plan, frozen, documents, on_host=on_host, is_local=store.is_local)
     # after the run is reserved: nobody collects the model of an open capture
-    if not has_model(store, plan.model.model_id):
+    if not has_model(store, begun.model.model_id):
         write_model(
             store,
-            plan.model.model_id,
+            begun.model.model_id,
             shape=model.shape,
-            card=plan.model.card() | {"shape": model.shape.to_json()},
-            vocab=vocab_table(plan.model),
+            card=begun.model.card() | {"shape": model.shape.to_json()},
+            vocab=vocab_table(begun.model),
             read_weight=model.weight,
         )
     worker = Worker(
@@ -157,12 +156,45 @@ def execute_plan(
         overflow=plan.spec.overflow,
         progress=progress,
     )
-    committed = write_share(store, frozen, share or Share(), worker.write)
+    with numerics(frozen.n_threads):
+        committed = write_share(store, frozen, share or Share(), worker.write)
     if committed is None:
         worker.outcome.n_pending = len(pending_work(store, frozen))
     else:
         worker.outcome.run = Run(store, committed)
     return worker.outcome
+
+
+def _begin(plan: CapturePlan, lake: str | os.PathLike[str], store: Store) -> CapturePlan:
+    """Begin a plan's capture, or join one that was asked for the same; return the plan that counts.
+
+    Writers that start at the same moment on unlike machines plan alike but for their threads: one of them reserves
+    the run, and the others take its plan. A plan without work if the capture is over.
+    """
+    if plan.frozen is None:
+        return plan
+    try:
+        committed = init_capture(store, plan.frozen, documents=plan.documents, tokens=plan.tokens)
+    except CaptureInProgress:
+        if not await_plan(store, plan.frozen):
+            raise
+        return _begin(plan_capture(plan.spec, lake), lake, store)
+    return plan if committed is None else replace(plan, manifest=committed, frozen=None)
+
+
+@contextmanager
+def numerics(n_threads: int) -> Iterator[None]:
+    """Compute on so many threads, and without TF32: float32 means float32 on every device."""
+    import torch
+
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(n_threads)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 def write_share(
@@ -221,6 +253,10 @@ def finalise_plan(plan: CapturePlan, lake: str | os.PathLike[str]) -> Run:
     if plan.frozen is None:
         release_committed(store, plan.run_id)
         return Run(store, plan.manifest)
+    if not is_open(store, plan.frozen):
+        raise CaptureUnfinished(
+            f"No capture of run {plan.run_id} is open.", hint="Begin it: the same command without --finalise."
+        )
     withdraw_disputed(store, plan.frozen)
     return Run(store, finalise_capture(store, plan.frozen))
 
@@ -241,12 +277,14 @@ def share_out_memory(
     memory = plan_memory(
         frozen.manifest.shape,
         frozen.manifest.geometry,
+        frozen.manifest.partitions,
         sites=sorted({site for work in frozen.work for site in work.sites}),
         dtype=frozen.manifest.dtype,
         compute_dtype=plan.spec.compute_dtype,
         batch_tokens=padded,
         max_memory=plan.spec.max_memory,
         n_tokens=sum(document.n_tokens for document in documents.values()),
+        n_documents=len(documents),
         on_host=on_host,
         is_local=is_local,
     )

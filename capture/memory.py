@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Self
 
 from ..catalog.bands import N_SUMS, QUERIES
 from ..catalog.errors import PlanError
-from ..catalog.layout import Geometry, itemsize, n_pairs
+from ..catalog.layout import Geometry, itemsize
+from ..catalog.manifest import Partition
 from ..catalog.shapes import ModelShape
 from ..catalog.sites import SITES
 from ..catalog.sizes import format_nbytes, parse_nbytes
@@ -27,8 +28,14 @@ _MAX_WRITE_THREADS = {"local": 2, "remote": 8}
 _SHARD_COPIES = {"local": 1, "remote": 2}
 """What an encoder holds: the shard, and what the client of a remote store makes of it."""
 
+_TABLE_COPIES = 5
+"""A table on its way: the sums of all layers stacked, their columns, Arrow's, and the Parquet bytes."""
+
 _TOKEN_NBYTES = 64
 """A token's share of the tables of documents and tokens, in Arrow and in Python."""
+
+_DOCUMENT_NBYTES = 1024
+"""A document's share of them, while it is placed."""
 
 _OVERHEAD_NBYTES = 32 << 20
 """What Python, the allocator and the clients of stores take by themselves."""
@@ -90,6 +97,7 @@ def values_nbytes(
 def plan_memory(
     shape: ModelShape,
     geometry: Geometry,
+    partitions: Sequence[Partition],
     *,
     sites: Iterable[str],
     dtype: str,
@@ -97,6 +105,7 @@ def plan_memory(
     batch_tokens: int,
     max_memory: int | str,
     n_tokens: int,
+    n_documents: int,
     on_host: bool,
     is_local: bool,
 ) -> MemoryPlan:
@@ -106,6 +115,8 @@ def plan_memory(
     ----------
     shape, geometry : ModelShape, Geometry
         The run's.
+    partitions : sequence of Partition
+        Those that are captured: the fullest of them has to fit.
     sites : iterable of str
         What is captured.
     dtype, compute_dtype : str
@@ -114,8 +125,8 @@ def plan_memory(
         The padded tokens of a batch that were asked for.
     max_memory : int or str
         Bytes, or a size such as ``"4GiB"``.
-    n_tokens : int
-        Tokens of all documents, whose tables are held.
+    n_tokens, n_documents : int
+        Of all documents, whose tables are held.
     on_host : bool
         Whether the model runs on the CPU.
     is_local : bool
@@ -128,20 +139,22 @@ def plan_memory(
     """
     sites, max_nbytes = tuple(sites), parse_nbytes(max_memory)
     rows, context = geometry.partition_tokens, geometry.context
-    partition = values_nbytes(
-        shape, sites, dtype, n_tokens=rows, pairs=geometry.partition_pairs, n_documents=-(-rows // context)
+    partition = max(
+        values_nbytes(shape, sites, dtype, n_tokens=p.n_rows, pairs=p.n_pairs, n_documents=p.n_documents)
+        for p in partitions
     )
     place = "local" if is_local else "remote"
-    shard = max(row_nbytes(shape, name, dtype) * _rows_of(geometry, name) for name in sites)
-    fixed = _OVERHEAD_NBYTES + _TOKEN_NBYTES * n_tokens
+    most = max(p.n_documents for p in partitions)
+    largest = max(_object_nbytes(shape, geometry, name, dtype, n_documents=most) for name in sites)
+    fixed = _OVERHEAD_NBYTES + _TOKEN_NBYTES * n_tokens + _DOCUMENT_NBYTES * n_documents
     threads = _MAX_WRITE_THREADS[place]
 
     def share_out() -> MemoryPlan:
         return MemoryPlan(
             max_nbytes=max_nbytes,
             forward_nbytes=_forward_nbytes(shape, context, batch_tokens, compute_dtype) if on_host else 0,
-            slot_nbytes=0 if on_host else _largest_value(shape, sites, dtype, context, batch_tokens),
-            writing_nbytes=threads * _SHARD_COPIES[place] * shard,
+            slot_nbytes=0 if on_host else _slot_nbytes(shape, sites, dtype, context, batch_tokens),
+            writing_nbytes=threads * _SHARD_COPIES[place] * largest,
             fixed_nbytes=fixed,
             partition_nbytes=partition,
             batch_tokens=batch_tokens,
@@ -169,30 +182,34 @@ def plan_memory(
     return plan
 
 
-def _rows_of(geometry: Geometry, site: str) -> int:
-    """Return the rows of one shard of a site."""
+def _object_nbytes(shape: ModelShape, geometry: Geometry, site: str, dtype: str, *, n_documents: int) -> int:
+    """Return what one object of a site takes while it is encoded."""
     if SITES[site].is_array:
-        return geometry.partition_rows(SITES[site])
-    return -(-geometry.partition_tokens // geometry.context)
+        return row_nbytes(shape, site, dtype) * geometry.partition_rows(SITES[site])
+    return _TABLE_COPIES * shape.n_layers * row_nbytes(shape, site, dtype) * n_documents
 
 
 def _forward_nbytes(shape: ModelShape, context: int, batch_tokens: int, compute_dtype: str) -> int:
     """Return what a forward allocates on the host, measured on GPT-2, GPT-NeoX and Llama with eager attention.
 
     Eight residual-sized tensors, and either three squares of attention or six MLP activations beside them;
-    the logits are never made.
+    the logits are never made. A sixteenth more for what the allocator scatters.
     """
     largest = max(3 * shape.n_heads * context, 6 * shape.d_mlp)
-    return batch_tokens * (8 * shape.d_model + largest) * _COMPUTE_ITEMSIZE[compute_dtype]
+    nbytes = batch_tokens * (8 * shape.d_model + largest) * _COMPUTE_ITEMSIZE[compute_dtype]
+    return nbytes + nbytes // 16
 
 
-def _largest_value(
+def _slot_nbytes(
     shape: ModelShape, sites: tuple[str, ...], dtype: str, context: int, batch_tokens: int
 ) -> int:
-    """Return the bytes of one site and layer of a batch."""
-    n_documents = max(1, batch_tokens // context)
-    rows = {"token": batch_tokens, "pair": n_documents * n_pairs(context), "document": batch_tokens}
-    return max(row_nbytes(shape, name, dtype) * rows[SITES[name].rows] for name in sites)
+    """Return a slot that holds one layer of any site of a batch: n documents of m tokens, n·m ≤ ``batch_tokens``.
+
+    Their pairs are n·m·(m + 1)/2 at most. A power of two, which is what PyTorch takes for pinned memory anyway.
+    """
+    rows = {"token": batch_tokens, "pair": -(-batch_tokens * (context + 1) // 2), "document": batch_tokens}
+    largest = max(row_nbytes(shape, name, dtype) * rows[SITES[name].rows] for name in sites)
+    return 1 << (largest - 1).bit_length()
 
 
 class PeakMemory:

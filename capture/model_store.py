@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -50,7 +51,9 @@ def write_model(
 ) -> None:
     """Write a model; ``model.json`` comes last and says that the rest is whole.
 
-    Nothing is deleted, so that several may write the same model at once. Holds two chunks of at most 64 MiB.
+    Its field ``crc32`` holds the CRC-32 of the vocabulary's object and of each chunk of a weight, by name in the
+    model's folder: each chunk's own checksum does not tell it from another. Nothing is deleted, and equal models give
+    equal bytes, so that several may write the same model at once. Holds two chunks of at most 64 MiB.
 
     Parameters
     ----------
@@ -68,16 +71,22 @@ def write_model(
         Returns a block of a weight, raw.
     """
     folder = model_path(model_id)
+    crc32: dict[str, str] = {}
+
+    def write(name: str, content: bytes | memoryview) -> None:
+        crc32[name] = f"{zlib.crc32(content):08x}"
+        store.write(f"{folder}/{name}", content)
+
     store.write_json(f"{folder}/weights.zarr/zarr.json", GROUP)
     for name, spec in weight_specs(shape).items():
-        array = f"{folder}/weights.zarr/{name}"
+        array = f"weights.zarr/{name}"
         store.write_json(
-            f"{array}/zarr.json", array_metadata(spec.shape, chunks=spec.chunks, dtype="float32")
+            f"{folder}/{array}/zarr.json", array_metadata(spec.shape, chunks=spec.chunks, dtype="float32")
         )
         for key, block in weight_chunks(spec):
-            store.write(f"{array}/{key}", _encode_chunk(read_weight(name, block), spec.chunks).data)
-    store.write(f"{folder}/vocab.parquet", to_parquet(vocab))
-    store.write_json(f"{folder}/model.json", dict(card))
+            write(f"{array}/{key}", _encode_chunk(read_weight(name, block), spec.chunks).data)
+    write("vocab.parquet", to_parquet(vocab))
+    store.write_json(f"{folder}/model.json", {**card, "crc32": crc32})
 
 
 def _encode_chunk(block: npt.NDArray[np.float32], chunks: tuple[int, ...]) -> npt.NDArray[np.uint8]:

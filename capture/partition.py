@@ -231,11 +231,14 @@ def _taker(
     def deliver(values: list[npt.NDArray[Any]], is_finite: bool) -> None:
         if not is_finite and (found := _find_nonfinite(values, placed, rows, dtype)).documents:
             if overflow == "stop":
-                raise _overflow(found, site, layer, dtype)
+                raise _overflow(found, site, layer, dtype, computed=ran_in[0])
             buffer.nonfinite[site] += found.n_nan + found.n_infinite
         buffer.place(site, layer, placed, values)
 
+    ran_in: list[str] = []
+
     def take(value: torch.Tensor) -> None:
+        ran_in[:] = [str(value.dtype).removeprefix("torch.")]
         cast = band_sums(value, lengths) if rows == "document" else value.to(getattr(torch, dtype))
         staging.put(cast, rows, lengths, deliver)
 
@@ -266,16 +269,28 @@ def _find_nonfinite(
     return _NonFinite(n_nan, n_infinite, documents)
 
 
-def _overflow(found: _NonFinite, site: str, layer: int, dtype: str) -> OverflowInCapture:
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.4e38, "float32": 3.4e38}
+
+
+def _overflow(found: _NonFinite, site: str, layer: int, dtype: str, *, computed: str) -> OverflowInCapture:
+    """Return the error that names the place and the cure: what overflowed is the store's dtype, or the model's."""
     where = f"Site {site} at {SITES[site].axis} {layer}"
     shown = (
         f"(documents {', '.join(map(str, found.documents[:8]))}{', …' if len(found.documents) > 8 else ''})"
     )
-    if found.n_nan:
-        return OverflowInCapture(
-            f"{where} has {found.n_nan} values that are not a number {shown}.",
-            hint="Run the model in --compute-dtype float32; --overflow keep stores them as they are.",
+    other = "--overflow keep stores them as they are."
+    if found.n_nan or _LARGEST[dtype] >= _LARGEST[computed]:
+        what = (
+            f"{found.n_nan} values that are not a number"
+            if found.n_nan
+            else f"{found.n_infinite} infinite values"
         )
+        mend = (
+            "Run the model in --compute-dtype float32; "
+            if computed != "float32"
+            else "Look at weights and text; "
+        )
+        return OverflowInCapture(f"{where} has {what}, as computed in {computed} {shown}.", hint=mend + other)
     return OverflowInCapture(
         f"{where} has {found.n_infinite} values that {dtype} cannot hold {shown}.",
         hint="Store it as --dtype bfloat16 or float32; --overflow keep stores infinities instead.",

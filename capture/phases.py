@@ -8,40 +8,42 @@ are created whole, the frozen plan and the ledgers only if absent, and nothing t
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
-import zlib
+import time
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
 
 import pyarrow as pa
 
 from ..catalog.errors import CaptureInProgress, CaptureUnfinished
-from ..catalog.layout import part_path, run_path, wip_path
+from ..catalog.layout import part_path, wip_path
 from ..catalog.manifest import Manifest, commit_manifest, read_manifest
-from ..catalog.reservation import COLLECTING, REMOVING, reservation_path, reserve_run, reserved_by
+from ..catalog.reservation import (
+    remover,
+    requested_by,
+    reservation_path,
+    reserve_run,
+    reserved_by,
+    take_over_run,
+)
 from ..catalog.stores import Store
 from ..catalog.tables import DOCUMENTS, OBJECTS, TOKENS, read_parts, to_parquet
-from .frozen import FrozenPlan, PartitionWork
+from .frozen import FrozenPlan
+from .ledgers import is_open, pending_work, plan_path, read_ledger
 from .writer import create_arrays
 
+PATIENCE_S = 30.0
+"""How long a capture may take from its reservation to its frozen plan."""
+
 __all__ = [
-    "begin_attempt",
+    "await_plan",
     "finalise_capture",
     "find_committed",
     "init_capture",
-    "is_open",
-    "is_wanted",
     "open_elsewhere",
-    "pending_work",
     "read_capture_tables",
     "read_open_capture",
     "release_committed",
-    "withdraw_disputed",
-    "write_ledger",
 ]
 
 
@@ -104,11 +106,11 @@ def init_capture(store: Store, plan: FrozenPlan, *, documents: pa.Table, tokens:
         Another capture of the run is open, or was committed since this one was planned.
     """
     run_id, capture_id = plan.manifest.run_id, plan.capture_id
-    holder = reserve_run(store, run_id, capture_id)
+    holder = reserve_run(store, run_id, capture_id, request=plan.request)
     if holder != capture_id:
         raise open_elsewhere(store, run_id, holder)
     committed = _find_overtaken(store, plan)
-    path = _plan_path(plan)
+    path = plan_path(plan)
     if committed is not None or store.exists(path):
         return committed
     if plan.adds_documents:
@@ -117,7 +119,26 @@ def init_capture(store: Store, plan: FrozenPlan, *, documents: pa.Table, tokens:
     create_arrays(store, plan.manifest)
     with suppress(FileExistsError):
         store.write_json(path, plan.to_json(), create=True)
-    return None
+    # Others may have begun this capture, ended it and cleaned up while this process stood still.
+    return _find_overtaken(store, plan)
+
+
+def await_plan(store: Store, plan: FrozenPlan) -> bool:
+    """Wait until the capture that holds a plan's run has frozen its own; tell whether it was asked for the same.
+
+    One that was, and freezes none in half a minute, has died as it began: its reservation is taken over.
+    """
+    run_id = plan.manifest.run_id
+    if requested_by(store, run_id) != plan.request:
+        return False
+    began = time.monotonic()
+    while time.monotonic() < began + PATIENCE_S:
+        holder = reserved_by(store, run_id)
+        if holder is None or store.exists(f"{wip_path(run_id, holder)}/plan.json"):
+            return True
+        time.sleep(0.1)
+    take_over_run(store, run_id, plan.capture_id, request=plan.request)
+    return True
 
 
 def _find_overtaken(store: Store, plan: FrozenPlan) -> Manifest | None:
@@ -148,136 +169,15 @@ def _was_overtaken(run_id: str) -> CaptureInProgress:
 
 def open_elsewhere(store: Store, run_id: str, holder: str | None) -> CaptureInProgress:
     """Return the error that says which other capture of a run is open, or who else holds it."""
-    if holder in (REMOVING, COLLECTING):
+    if command := remover(holder):
         return CaptureInProgress(
-            f"Run {run_id} is held by layerlake {holder}, which removes objects of it.",
-            hint=f"Run the command again when that is done; if it was interrupted: layerlake {holder} {store.url}",
+            f"Run {run_id} is held by layerlake {command} ({holder}), which removes objects of it.",
+            hint=f"Run the command again when that is done; if it was interrupted: layerlake {command} {store.url}",
         )
     return CaptureInProgress(
         f"Another capture ({holder}) of run {run_id} is open.",
         hint=f"Run its command again to finish it, or remove it if it is abandoned: layerlake gc {store.url}",
     )
-
-
-def _plan_path(plan: FrozenPlan) -> str:
-    return f"{wip_path(plan.manifest.run_id, plan.capture_id)}/plan.json"
-
-
-def _ledger_path(plan: FrozenPlan, partition: int) -> str:
-    return f"{wip_path(plan.manifest.run_id, plan.capture_id)}/ledgers/{partition:08d}.json"
-
-
-def pending_work(store: Store, plan: FrozenPlan) -> list[PartitionWork]:
-    """Return the work of the partitions that have no ledger yet."""
-    done = set(store.list(f"{wip_path(plan.manifest.run_id, plan.capture_id)}/ledgers"))
-    return [work for work in plan.work if f"{work.index:08d}.json" not in done]
-
-
-def is_wanted(store: Store, plan: FrozenPlan, partition: int) -> bool:
-    """Tell whether a partition has yet to be written: it has no ledger, and the capture is open.
-
-    Looks in this order: a committed capture loses its plan before its ledgers.
-    """
-    return not store.exists(_ledger_path(plan, partition)) and is_open(store, plan)
-
-
-def is_open(store: Store, plan: FrozenPlan) -> bool:
-    """Tell whether a capture is begun, and neither committed nor removed."""
-    return reserved_by(store, plan.manifest.run_id) == plan.capture_id and store.exists(_plan_path(plan))
-
-
-def begin_attempt(store: Store, plan: FrozenPlan, partition: int) -> int:
-    """Note that somebody is about to compute a partition, before its first forward; return which attempt it is."""
-    folder = f"{wip_path(plan.manifest.run_id, plan.capture_id)}/attempts"
-    started = datetime.now(UTC).isoformat(timespec="milliseconds")
-    note = {"started": started, "by": f"{platform.node()}:{os.getpid()}"}
-    attempt = 0
-    while True:
-        try:
-            store.write_json(f"{folder}/{partition:08d}-{attempt}.json", note, create=True)
-        except FileExistsError:
-            attempt += 1
-        else:
-            return attempt
-
-
-def write_ledger(
-    store: Store,
-    plan: FrozenPlan,
-    partition: int,
-    objects: list[dict[str, Any]],
-    *,
-    attempt: int = 0,
-    nonfinite: Mapping[str, int] | None = None,
-    writer: Mapping[str, Any] | None = None,
-) -> None:
-    """Record that a partition's objects are all written; whoever comes second keeps the first ledger.
-
-    Parameters
-    ----------
-    store, plan, partition
-        Which.
-    objects : list of dict
-        A record of each object (``tables.OBJECTS``).
-    attempt : int
-        Which attempt at the partition it comes from: tells a ledger from the one that it replaces.
-    nonfinite : mapping, optional
-        site → values that are not finite in the stored dtype.
-    writer : mapping, optional
-        What is worth knowing of the writer and is not identity: versions, device, self-check.
-    """
-    ledger = {
-        "attempt": attempt,
-        "objects": objects,
-        "nonfinite": dict(nonfinite or {}),
-        "writer": dict(writer or {}),
-    }
-    with suppress(FileExistsError):
-        store.write_json(_ledger_path(plan, partition), ledger, create=True)
-
-
-def withdraw_disputed(store: Store, plan: FrozenPlan) -> list[int]:
-    """Hold the objects of partitions that were attempted more than once against their ledgers.
-
-    Where they differ (two writers on unlike machines wrote the same partition) the ledger is withdrawn, so
-    that the partition is pending again. Reads the objects of those partitions.
-
-    Returns
-    -------
-    list of int
-        The partitions whose ledgers were withdrawn.
-    """
-    attempts = store.list(f"{wip_path(plan.manifest.run_id, plan.capture_id)}/attempts")
-    count = Counter(int(name.partition("-")[0]) for name in attempts)
-    return [index for index, n in count.items() if n > 1 and _withdraw_if_disputed(store, plan, index)]
-
-
-def _withdraw_if_disputed(store: Store, plan: FrozenPlan, partition: int) -> bool:
-    ledger = _read_ledger(store, plan, partition)
-    if ledger is None:  # not written yet; or another writer has committed the capture
-        return False
-    if all(_is_as_recorded(store, plan.manifest.run_id, record) for record in ledger["objects"]):
-        return False
-    if _read_ledger(store, plan, partition) == ledger:  # and not one that has taken its place meanwhile
-        store.delete(_ledger_path(plan, partition))
-    return True
-
-
-def _read_ledger(store: Store, plan: FrozenPlan, partition: int) -> dict[str, Any] | None:
-    try:
-        ledger: dict[str, Any] = store.read_json(_ledger_path(plan, partition))
-    except FileNotFoundError:
-        return None
-    return ledger
-
-
-def _is_as_recorded(store: Store, run_id: str, record: dict[str, Any]) -> bool:
-    try:
-        content = store.read(f"{run_path(run_id)}/{record['name']}")
-    except FileNotFoundError:
-        return False
-    found = (len(content), f"{zlib.crc32(content):08x}")
-    return found == (record["nbytes"], record["crc32"])
 
 
 def finalise_capture(store: Store, plan: FrozenPlan) -> Manifest:
@@ -322,7 +222,7 @@ def _commit(store: Store, plan: FrozenPlan) -> Manifest:
         raise _unfinished(plan, missing)
     ledgers = []
     for work in plan.work:
-        if (ledger := _read_ledger(store, plan, work.index)) is None:  # withdrawn since
+        if (ledger := read_ledger(store, plan, work.index)) is None:  # withdrawn since
             raise _unfinished(plan, [work.index])
         ledgers.append(ledger)
     records = [record for ledger in ledgers for record in ledger["objects"]]

@@ -14,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
+from ..catalog.errors import PlanError
 from ..catalog.manifest import Manifest
+from ..catalog.sizes import format_nbytes
 from ..catalog.stores import Store
 from .partition import PartitionBuffer
 from .writer import object_keys, write_object
@@ -70,7 +72,7 @@ class Pipeline:
         finish: Callable[[PartitionBuffer, list[dict[str, Any]]], None],
     ) -> None:
         self.waited_s = 0.0
-        """Seconds for which the model has waited for the store."""
+        """Seconds for which the model has waited for the store, the last writes included."""
         self.n_queued = 0
         """Objects that are filled and not stored yet."""
         self.nbytes_written = 0
@@ -89,7 +91,9 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # What is complete is worth writing, even if the model has stumbled since; an interrupt is in a hurry.
+        began = time.perf_counter()
         self._pool.shutdown(wait=True, cancel_futures=kind is KeyboardInterrupt)
+        self.waited_s += time.perf_counter() - began
         if error is None:
             self._raise_failure()
 
@@ -105,9 +109,20 @@ class Pipeline:
             self._in_flight -= 1
 
     def reserve(self, nbytes: int) -> None:
-        """Wait until values of this size may be made."""
-        self._wait(lambda: self._budget >= nbytes)
+        """Wait until values of this size may be made.
+
+        Raises
+        ------
+        PlanError
+            They never may: the partition that is being filled takes more than the whole budget.
+        """
+        self._wait(lambda: self._budget >= nbytes or self._in_flight <= 1)
         with self._changed:
+            if self._budget < nbytes:
+                raise PlanError(
+                    f"A partition needs {format_nbytes(nbytes - self._budget)} more memory than was planned.",
+                    hint="Take a larger --max-memory, or a smaller --partition-tokens.",
+                )
             self._budget -= nbytes
 
     def write(self, buffer: PartitionBuffer) -> None:

@@ -10,24 +10,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..catalog.errors import PlanError
+from ..catalog.errors import CorruptRun, PlanError
 from ..catalog.lake import check_creatable
 from ..catalog.layout import LAKE_MARKER, Geometry, plan_geometry
-from ..catalog.manifest import Manifest, read_manifest
-from ..catalog.run import Run
+from ..catalog.manifest import Manifest, Partition, read_manifest
 from ..catalog.shapes import ModelShape
-from ..catalog.sites import parse_analyses, parse_sites
+from ..catalog.sites import SITES, parse_analyses, parse_sites
 from ..catalog.sizes import format_nbytes, parse_count, parse_nbytes
 from ..catalog.stores import Store
 from ..catalog.tables import DOCUMENTS, TOKENS
+from .asked import Asked, runs_on_host
 from .corpus import Corpus, encode_corpus, open_corpus
 from .cost import SiteCost, cheapest_sites, count_requests, forward_flops, site_costs
-from .description import ModelDescription, describe_model, describe_shape, shape_of, slug
+from .description import ModelDescription, describe_model, describe_shape, slug
 from .encoder import TextEncoder, resolve_bos
+from .extra import import_extra
 from .frozen import FrozenPlan, digest_json
 from .known_models import KNOWN_MODELS
+from .ledgers import pending_work
 from .memory import MemoryPlan, plan_memory
 from .missing import lacking_sites, next_manifest, partition_work, place_missing
+from .model_shape import shape_of
 from .model_store import has_model
 from .phases import open_elsewhere, read_capture_tables, read_open_capture
 from .placement import EncodedDocument, Placement, place_documents
@@ -144,12 +147,17 @@ def plan_capture(spec: CaptureSpec, lake: str | os.PathLike[str] | None = None) 
     identity = _identity(spec, model, corpus, context, bos)
     run_id = f"{slug(model.name)}-{digest_json(identity, 8)}"
     existing = read_manifest(store, run_id) if store else None
+    if existing is not None and existing.identity != identity:
+        raise CorruptRun(
+            f"Run {run_id} is of another model, text or numerics than what is asked for now.",
+            hint=f"Is it damaged? layerlake verify {store.url if store else 'LAKE'} --run {run_id}",
+        )
     sites = _sites(spec, model.shape, context)
-    asked = _Asked(spec=spec, sites=sites, store=store, model=model, existing=existing)
+    asked = Asked(spec=spec, sites=sites, store=store, model=model, existing=existing)
 
     if existing is not None and asked.is_answered:
         _require_run_s_own(spec, existing)
-        return asked.nothing_to_do(existing)
+        return _nothing_to_do(asked, existing)
     opened = read_open_capture(store, run_id) if store else None
     if store is not None and opened is not None:
         if opened.request != asked.request:
@@ -178,59 +186,9 @@ def plan_capture(spec: CaptureSpec, lake: str | os.PathLike[str] | None = None) 
     return _plan_work(asked, current, placement)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
-    """What is asked for, and what there is."""
-
-    spec: CaptureSpec
-    sites: tuple[str, ...]
-    store: Store | None
-    model: ModelDescription | None = None
-    existing: Manifest | None = None
-
-    @property
-    def max_tokens(self) -> int | None:
-        return None if self.spec.max_tokens is None else parse_count(self.spec.max_tokens)
-
-    @property
-    def request(self) -> dict[str, Any]:
-        """What is asked for beyond the run's identity."""
-        return {"sites": list(self.sites), "max_tokens": self.max_tokens}
-
-    @property
-    def is_answered(self) -> bool:
-        """Whether a capture of the run was asked for as many tokens, and for these sites or more."""
-        captures = self.existing.captures if self.existing else ()
-        return any(
-            entry["request"]["max_tokens"] == self.max_tokens
-            and set(self.sites) <= set(entry["request"]["sites"])
-            for entry in captures
-            if entry.get("request")
-        )
-
-    @property
-    def held(self) -> Run | None:
-        """The run as it is."""
-        return Run(self.store, self.existing) if self.store and self.existing else None
-
-    def nothing_to_do(self, manifest: Manifest) -> CapturePlan:
-        documents, tokens = DOCUMENTS.empty_table(), TOKENS.empty_table()
-        return CapturePlan(self.spec, self.model, manifest, self.existing, None, documents, tokens)
-
-    def memory(self, manifest: Manifest) -> MemoryPlan:
-        """Share out the memory."""
-        return plan_memory(
-            manifest.shape,
-            manifest.geometry,
-            sites=self.sites,
-            dtype=manifest.dtype,
-            compute_dtype=self.spec.compute_dtype,
-            batch_tokens=max(self.spec.batch_tokens, manifest.geometry.context),
-            max_memory=self.spec.max_memory,
-            n_tokens=manifest.n_tokens,
-            on_host=_runs_on_host(self.spec.device),
-            is_local=self.store is None or self.store.is_local,
-        )
+def _nothing_to_do(asked: Asked, manifest: Manifest) -> CapturePlan:
+    documents, tokens = DOCUMENTS.empty_table(), TOKENS.empty_table()
+    return CapturePlan(asked.spec, asked.model, manifest, asked.existing, None, documents, tokens)
 
 
 def _sites(spec: CaptureSpec, shape: ModelShape, context: int) -> tuple[str, ...]:
@@ -254,7 +212,7 @@ def _plan_full_windows(spec: CaptureSpec, store: Store | None) -> CapturePlan:
             name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     context = _context(spec, shape, name)
-    asked = _Asked(spec=spec, sites=_sites(spec, shape, context), store=store)
+    asked = Asked(spec=spec, sites=_sites(spec, shape, context), store=store)
     n_windows = parse_count(spec.max_tokens) // context
     if not n_windows:
         raise PlanError(f"--max-tokens {spec.max_tokens} is less than one window of {context} tokens.")
@@ -275,24 +233,41 @@ def _plan_full_windows(spec: CaptureSpec, store: Store | None) -> CapturePlan:
     return _plan_work(asked, current, place_documents([window] * n_windows, geometry))
 
 
-def _plan_work(asked: _Asked, current: Manifest, placement: Placement) -> CapturePlan:
+def _plan_work(asked: Asked, current: Manifest, placement: Placement) -> CapturePlan:
     """Plan what is missing of these documents and sites."""
     lacking = lacking_sites(asked.sites, asked.held, placement)
     if not lacking:
-        return asked.nothing_to_do(current)
+        return _nothing_to_do(asked, current)
+    if asked.max_tokens is not None and current.n_tokens > asked.max_tokens:
+        raise PlanError(
+            f"Run {current.run_id} has {current.n_tokens:,} tokens, more than --max-tokens {asked.max_tokens}, and a "
+            "site is captured of all of them.",
+            hint="Leave --max-tokens out, or give at least as many.",
+        )
     manifest = next_manifest(current, placement, asked.sites)
     batch_tokens = min(asked.spec.batch_tokens, asked.memory(manifest).batch_tokens)
     work = partition_work(lacking, asked.held, placement, batch_tokens)
     adds_documents = placement.documents.num_rows > 0
-    frozen = FrozenPlan(manifest, work, adds_documents, _intra_op_threads(), asked.request)
+    frozen = FrozenPlan(
+        manifest, work, adds_documents, _intra_op_threads() if asked.model else 0, asked.request
+    )
     return _priced(asked, frozen, placement.documents, placement.tokens)
 
 
-def _priced(asked: _Asked, frozen: FrozenPlan, documents: pa.Table, tokens: pa.Table) -> CapturePlan:
-    """Return the plan with what it costs; raise PlanError if it does not fit the disk."""
+def _priced(asked: Asked, frozen: FrozenPlan, documents: pa.Table, tokens: pa.Table) -> CapturePlan:
+    """Return the plan with what it costs; raise PlanError if what is lacking does not fit the disk.
+
+    How far compression reaches is not known before, so that compressed captures are not refused.
+    """
     manifest, store, held = frozen.manifest, asked.store, asked.held
     costs = site_costs(manifest, frozen.work)
-    needed, free = sum(cost.nbytes for cost in costs), store.free_nbytes() if store else None
+    lacking = (
+        pending_work(store, frozen) if store and manifest.run_id else frozen.work
+    )  # others, or an earlier attempt, wrote the rest
+    needed, free = (
+        sum(cost.nbytes for cost in site_costs(manifest, lacking)),
+        store.free_nbytes() if store else None,
+    )
     if store is not None and free is not None and needed > free and manifest.codec == "none":
         raise PlanError(
             f"The capture needs {format_nbytes(needed)}, and '{store.url}' has {format_nbytes(free)} left.",
@@ -328,16 +303,6 @@ def _priced(asked: _Asked, frozen: FrozenPlan, documents: pa.Table, tokens: pa.T
         free_nbytes=free,
         partial_sites=tuple(left_out),
     )
-
-
-def _runs_on_host(device: str) -> bool:
-    if device != "auto":
-        return device == "cpu"
-    try:
-        import torch
-    except ImportError:
-        return True
-    return not torch.cuda.is_available()
 
 
 def _context(spec: CaptureSpec, shape: ModelShape, name: str) -> int:
@@ -381,16 +346,48 @@ def _geometry(spec: CaptureSpec, shape: ModelShape, context: int, begun: Manifes
     if begun is not None:
         _require_run_s_own(spec, begun)
         return begun.geometry
-    return plan_geometry(
-        shape,
-        context=context,
-        dtype=spec.dtype,
-        max_memory=parse_nbytes(spec.max_memory),
-        partition_tokens=spec.partition_tokens,
-    )
+
+    def choose(partition_tokens: int | None) -> Geometry:
+        return plan_geometry(
+            shape,
+            context=context,
+            dtype=spec.dtype,
+            max_memory=parse_nbytes(spec.max_memory),
+            partition_tokens=partition_tokens,
+        )
+
+    geometry = choose(spec.partition_tokens)
+    if spec.partition_tokens is None:
+        # what the model takes beside the partitions weighs where memory is scarce
+        while geometry.partition_tokens >= 2 * context and not _fits(spec, shape, geometry):
+            geometry = choose(geometry.partition_tokens // 2)
+    return geometry
+
+
+def _fits(spec: CaptureSpec, shape: ModelShape, geometry: Geometry) -> bool:
+    """Tell whether a full partition of all sites fits into the memory, with the smallest batches at least."""
+    n_windows = geometry.partition_tokens // geometry.context
+    full = Partition(0, geometry.partition_tokens, geometry.partition_pairs, n_windows)
+    try:
+        plan_memory(
+            shape,
+            geometry,
+            (full,),
+            sites=SITES,
+            dtype=spec.dtype,
+            compute_dtype=spec.compute_dtype,
+            batch_tokens=geometry.context,
+            max_memory=spec.max_memory,
+            n_tokens=0,
+            n_documents=0,
+            on_host=runs_on_host(spec.device),
+            is_local=True,
+        )
+    except PlanError:
+        return False
+    return True
 
 
 def _intra_op_threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+    n_threads: int = import_extra("torch").get_num_threads()
+    return n_threads

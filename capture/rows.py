@@ -165,8 +165,15 @@ def open_rows(
         )
     if path.exists():
         kind = _require_format(path, sample_by)
-        if split is not None:
-            raise CorpusError(f"'{dataset}' is a file and has no split '{split}'.", hint="Leave --split out.")
+        for option, value in (("split", split), ("dataset-config", config), ("dataset-revision", revision)):
+            if value is not None:
+                raise CorpusError(
+                    f"'{dataset}' is a file and has no {option} '{value}'.", hint=f"Leave --{option} out."
+                )
+        if kind != "text" and sample_by != "paragraph":
+            raise CorpusError(
+                f"'{dataset}' has rows, and cannot be split by {sample_by}.", hint="Leave --sample-by out."
+            )
         unit = {"sample_by": sample_by} if kind == "text" else {}
         fingerprint = {"sha256": file_digest(path), **unit, **order}
         return Rows(path.name, fingerprint, lambda: _open_file(path, kind, sample_by), **order)
@@ -207,13 +214,17 @@ def _open_file(path: Path, kind: str, sample_by: str) -> IterableDataset:
         raise CorpusError(f"The dataset '{path}' cannot be read as {kind}: {error}") from error
 
 
-def _resolve_revision(dataset: str, revision: str | None) -> str | None:
+def _resolve_revision(dataset: str, revision: str | None) -> str:
     """Return the commit that a branch or tag of a hub dataset stands for."""
     hub = import_extra("huggingface_hub")
     try:
         commit: str | None = hub.HfApi().dataset_info(dataset, revision=revision).sha
     except Exception as error:
         raise _not_on_the_hub(dataset, error) from error
+    if commit is None:
+        raise CorpusError(
+            f"The hub does not say which commit of '{dataset}' there is, so it cannot be told apart."
+        )
     return commit
 
 

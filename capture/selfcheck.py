@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..catalog.errors import AdapterMismatch, SelfCheckFailed
+from ..catalog.errors import AdapterMismatch, OverflowInCapture, SelfCheckFailed
 from ..catalog.layout import n_pairs, weight_specs
 from ..catalog.shapes import ModelShape
 from ..catalog.sites import SITES
@@ -56,6 +56,8 @@ def check_model(
     ------
     SelfCheckFailed
         An identity does not hold; the message names it with its error and its tolerance.
+    OverflowInCapture
+        A value is not finite in what the model computes in.
     """
     ids = [list(document[:_MAX_TOKENS]) for document in batch[:_MAX_DOCUMENTS]]
     wanted = [
@@ -158,6 +160,7 @@ def _run(
                 else _numpy(value)
             )
             _require_shape(flat.shape, site, layer, model.shape, lengths)
+            _require_finite(flat, site, layer, str(value.dtype).removeprefix("torch."))
             take(site, layer, flat)
 
         return observe
@@ -190,6 +193,21 @@ def _require_shape(
         raise AdapterMismatch(
             f"TransformerLens's hook '{hook_name(site, layer, shape)}' {what} in this {shape.family} model.",
             hint=f"Leave {site} out with --sites.",
+        )
+
+
+def _require_finite(values: Array, site: str, layer: int, dtype: str) -> None:
+    """Raise OverflowInCapture for what no identity can be checked of."""
+    n_bad = values.size - int(np.count_nonzero(np.isfinite(values)))
+    if n_bad:
+        where = f"Site {site} at {SITES[site].axis} {layer}"
+        mend = (
+            "Run the model in --compute-dtype float32." if dtype != "float32" else "Look at weights and text."
+        )
+        raise OverflowInCapture(
+            f"{where} has {n_bad} values in the first documents that are not finite, as computed in {dtype}. "
+            "Nothing was written.",
+            hint=mend,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
@@ -51,7 +52,7 @@ class CaptureSpec:
     """Stop at the last whole document that fits; None takes the whole dataset."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
-    tokenizer: str | PreTrainedTokenizerBase | None = None
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None
     """Another tokenizer than the model's own; needed for a loaded model."""
     dataset_config: str | None = None
     dataset_revision: str | None = None
@@ -136,6 +137,12 @@ def require_valid(spec: CaptureSpec) -> None:
         value = getattr(spec, name)
         if value is not None and value < 1:
             raise PlanError(f"--{name.replace('_', '-')} must be positive, not {value}.")
+    if spec.seed is not None and spec.seed < 0:
+        raise PlanError(f"--seed must not be negative, as {spec.seed} is.")
+    if not re.fullmatch(r"auto|cpu(:0)?|cuda(:\d+)?", spec.device):
+        raise PlanError(
+            f"'{spec.device}' is not a device to capture on.", hint="--device auto, cpu, cuda or cuda:1."
+        )
     _require_valid_corpus(spec)
 
 

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..catalog.errors import PlanError
 from ..catalog.run import Run
 from ..catalog.stores import Store
 from ..console import CaptureProgress
 from .frozen import FrozenPlan, PartitionWork
+from .ledgers import begin_attempt, is_wanted, pending_work, write_ledger
 from .memory import N_SLOTS, MemoryPlan, PeakMemory
 from .model import OpenModel
 from .partition import Overflow, PartitionBuffer, PlacedDocument, run_batch
-from .phases import begin_attempt, is_wanted, pending_work, write_ledger
 from .pipeline import Pipeline
 from .staging import Staging
 
@@ -87,7 +88,27 @@ class Worker:
     outcome: Outcome = field(default_factory=Outcome)
 
     def write(self, mine: Sequence[PartitionWork]) -> None:
-        """Compute and store those of the given partitions that are not stored yet."""
+        """Compute and store those of the given partitions that are not stored yet.
+
+        Raises
+        ------
+        PlanError
+            The device has too little memory for a batch.
+        OverflowInCapture
+            A value is not finite.
+        """
+        import torch
+
+        try:
+            self._write(mine)
+        except torch.OutOfMemoryError as error:
+            raise PlanError(
+                f"{self.model.device} has too little memory for batches of {self.memory.batch_tokens} tokens.",
+                hint="Remove the capture (layerlake gc --older-than 0h LAKE), and begin it anew with a smaller "
+                "--batch-tokens, a shorter --context or --compute-dtype bfloat16.",
+            ) from error
+
+    def _write(self, mine: Sequence[PartitionWork]) -> None:
         manifest, outcome = self.frozen.manifest, self.outcome
         lengths = {p.index: p.n_rows for p in manifest.partitions}
         total = sum(lengths[work.index] for work in mine)

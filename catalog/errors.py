@@ -7,13 +7,15 @@ A message says what happened, with the actual values; ``hint`` says the mend.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .verify import Verification
 
 __all__ = [
+    "DECODING_ERRORS",
     "AdapterMismatch",
     "AmbiguousRun",
     "AnalysisError",
@@ -35,8 +37,21 @@ __all__ = [
     "SelfCheckFailed",
     "SiteNotFound",
     "StoreError",
+    "decoding",
     "did_you_mean",
 ]
+
+DECODING_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What Python, Arrow, Blosc and the catalog raise when bytes are not what they should be."""
 
 
 class LayerLakeError(Exception):
@@ -133,10 +148,31 @@ class MissingExtra(LayerLakeError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
+        self.package, self.extra = package, extra
         super().__init__(
             f"{package} is not installed; this command needs the extra '{extra}'.",
             hint=f'Install it with: pip install "layerlake[{extra}]"',
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by what it was made of: its message alone does not make one."""
+        return type(self), (self.package, self.extra)
+
+
+@contextmanager
+def decoding(name: str, *, hint: str = "See what else is damaged: layerlake verify LAKE") -> Iterator[None]:
+    """Raise CorruptRun, which names the object, for whatever damaged bytes make a reader raise inside the block.
+
+    An object that is absent (FileNotFoundError) and errors that already say what happened pass through.
+    """
+    try:
+        yield
+    except (LayerLakeError, FileNotFoundError):
+        raise
+    except DECODING_ERRORS as error:
+        raise CorruptRun(
+            f"{name} is not what layerlake writes: {type(error).__name__}: {error}", hint=hint
+        ) from error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

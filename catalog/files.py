@@ -9,7 +9,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["delete_files", "delete_tree", "find_files", "put_file"]
+from .errors import StoreError
+
+__all__ = ["check_folder", "delete_files", "delete_tree", "find_files", "put_file"]
+
+
+def check_folder(path: Path) -> None:
+    """Raise unless files can be written to a folder, which need not be there yet.
+
+    Raises
+    ------
+    StoreError
+        It is something else, or lies in something else, or nobody here may write there.
+    """
+    there = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not there.is_dir():
+        what = "a file" if there.exists() else "a link to nothing"
+        raise StoreError(
+            f"'{path}' cannot be a folder: '{there}' is {what}.", hint="Name a new or an empty folder."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StoreError(
+            f"'{path}' cannot be written to: no access to '{there}'.", hint="Check who may write there."
+        )
 
 
 def put_file(path: Path, content: bytes | memoryview, *, create: bool) -> None:
@@ -28,8 +50,14 @@ def put_file(path: Path, content: bytes | memoryview, *, create: bool) -> None:
     ------
     FileExistsError
         It does.
+    StoreError
+        Its folder cannot be made: something else has the name, of it or of one above.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        check_folder(path.parent)
+        raise StoreError(f"'{path.parent}' could not be made.") from None
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         temporary.write_bytes(content)

@@ -11,21 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .errors import CorruptRun
+from .errors import CorruptRun, decoding
 from .layout import finding_path
-from .stores import Store
+from .stores import Store, Stored
 from .tables import to_parquet
 
 __all__ = [
     "Finding",
     "FindingKey",
+    "StoredFindings",
     "StoredTable",
     "describe_finding",
     "is_state_view",
@@ -33,6 +34,7 @@ __all__ = [
     "merge_findings",
     "newest_findings",
     "read_finding",
+    "scan_findings",
     "state_view",
     "write_finding",
 ]
@@ -99,13 +101,41 @@ class StoredTable:
     n_rows: int
     created: str
     """UTC time of writing, ISO 8601."""
-    views: tuple[str, ...] = ()
+    views: tuple[str, ...]
     """All tables of the finding; the first is written last, and says that the others are there."""
+    n_tokens: int
+    """Tokens that were read, summed over sites."""
+    schema: pa.Schema = field(repr=False, compare=False)
+    """Of its rows, without metadata."""
 
     @property
     def path(self) -> str:
         """The object that holds the table."""
         return finding_path(self.view, self.finding)
+
+    @property
+    def main_path(self) -> str:
+        """The object that holds the finding's main table."""
+        return finding_path(self.views[0], self.finding)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFindings:
+    """The tables that lie among the findings."""
+
+    whole: tuple[StoredTable, ...]
+    """Those of findings whose main table is there."""
+    unfinished: tuple[StoredTable, ...]
+    """Those of findings whose main table is not there, or not yet: they do not count."""
+    unreadable: tuple[str, ...]
+    """Objects that should be such tables and are not."""
+    objects: Mapping[str, Stored]
+    """All objects that lie there, by name."""
+
+    def objects_of(self, tables: Iterable[StoredTable]) -> tuple[Stored, ...]:
+        """Return the objects of tables as they go, main tables first: without it, none of a finding counts."""
+        in_order = sorted(tables, key=lambda table: (table.path != table.main_path, table.path))
+        return tuple(self.objects[table.path] for table in in_order)
 
 
 def state_view(analysis: str) -> str:
@@ -136,47 +166,79 @@ def write_finding(store: Store, finding: Finding) -> None:
 
 
 def read_finding(store: Store, key: FindingKey, views: Iterable[str]) -> Finding | None:
-    """Return the stored finding of a key, or None unless all of its views are there."""
+    """Return the stored finding of a key, or None unless all of its views are there.
+
+    Raises
+    ------
+    CorruptRun
+        One of its tables is damaged.
+    """
     tables = {}
     for view in views:
         path = finding_path(view, key.digest)
-        if not store.exists(path):
+        try:
+            with store.open(path) as file, decoding(path, hint=f"Remove {path} and analyze again."):
+                tables[view] = pq.read_table(file).replace_schema_metadata(None)
+        except FileNotFoundError:
             return None
-        with store.open(path) as file:
-            tables[view] = pq.read_table(file).replace_schema_metadata(None)
     return Finding(key.analysis, tables, (key,))
 
 
+def scan_findings(store: Store, view: str | None = None) -> StoredFindings:
+    """Describe every stored table, or those of one view. Lists all findings, and reads each table's footer."""
+    objects = {stored.name: stored for stored in store.scan("findings")}
+    described: list[StoredTable] = []
+    unreadable = []
+    for name, stored in objects.items():
+        of_view, _, rest = name.removeprefix("findings/").partition("/")
+        digest = rest.partition("/")[0]
+        if name != finding_path(of_view, digest) or view not in (None, of_view):
+            continue
+        try:
+            described.append(describe_finding(store, of_view, digest, nbytes=stored.nbytes))
+        except FileNotFoundError:  # removed since
+            continue
+        except CorruptRun:
+            unreadable.append(name)
+    whole, unfinished = (
+        tuple(table for table in described if (table.main_path in objects) is is_whole)
+        for is_whole in (True, False)
+    )
+    return StoredFindings(whole, unfinished, tuple(unreadable), objects)
+
+
 def list_findings(store: Store, view: str | None = None) -> list[StoredTable]:
-    """Describe every stored table, or those of one view. Reads each object's footer only."""
-    return [
-        describe_finding(store, name, digest)
-        for name in ([view] if view else store.list("findings"))
-        for digest in store.list(f"findings/{name}")
-        if store.exists(finding_path(name, digest))
-    ]
+    """Describe the tables of all findings, or those of one view; what is damaged or unfinished is left out."""
+    return list(scan_findings(store, view).whole)
 
 
-def describe_finding(store: Store, view: str, digest: str) -> StoredTable:
-    """Describe one stored table. Reads its footer only.
+def describe_finding(store: Store, view: str, digest: str, *, nbytes: int | None = None) -> StoredTable:
+    """Describe one stored table. Reads its footer only; ``nbytes`` is the object's length, if it was listed.
 
     Raises
     ------
     CorruptRun
         The object is not the table of a finding.
+    FileNotFoundError
+        There is no such object.
     """
     path = finding_path(view, digest)
-    with store.open(path) as file:
-        try:
-            footer = pq.read_metadata(file)
-        except pa.ArrowInvalid as error:
-            raise CorruptRun(f"{path} is not Parquet: {error}", hint=f"Remove {path}.") from error
-    text = (footer.metadata or {}).get(_METADATA_KEY)
-    if text is None:
-        raise CorruptRun(f"{path} is not a finding: it carries no description.", hint=f"Remove {path}.")
-    given = json.loads(text)
-    created, views = given.pop("created"), given.pop("views", [view])
-    return StoredTable(view, digest, FindingKey(**given), footer.num_rows, created, tuple(views))
+    with (
+        decoding(path, hint=f"Remove {path} and analyze again."),
+        store.open(path, nbytes=nbytes) as file,
+    ):
+        footer = pq.read_metadata(file)
+        text = (footer.metadata or {}).get(_METADATA_KEY)
+        if text is None:
+            raise CorruptRun(f"{path} is not a finding: it carries no description.", hint=f"Remove {path}.")
+        given = json.loads(text)
+        created, views = str(given.pop("created")), tuple(map(str, given.pop("views", [view])))
+        key = FindingKey(**given)
+        if key.digest != digest or view not in views:
+            raise CorruptRun(f"{path} is not what its description says: it describes {key.digest}.")
+        n_tokens = sum(int(extent["n_tokens"]) for extent in key.extents.values())
+        schema = footer.schema.to_arrow_schema().remove_metadata()
+        return StoredTable(view, digest, key, footer.num_rows, created, views, n_tokens, schema)
 
 
 def newest_findings(stored: Iterable[StoredTable]) -> list[StoredTable]:
@@ -190,8 +252,7 @@ def newest_findings(stored: Iterable[StoredTable]) -> list[StoredTable]:
 
 
 def _age(table: StoredTable) -> tuple[int, int, str]:
-    n_tokens = sum(int(extent["n_tokens"]) for extent in table.key.extents.values())
-    return table.key.version, n_tokens, table.created
+    return table.key.version, table.n_tokens, table.created
 
 
 def merge_findings(findings: Iterable[Finding]) -> Finding:

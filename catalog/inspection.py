@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, TypeVar
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .errors import FormatError, LayerLakeError
+from .errors import DECODING_ERRORS, CorruptRun, FormatError, LayerLakeError, StoreError
 from .problem import Deviation, Problem
 from .seal import is_intact
 from .stores import Store
@@ -24,9 +23,6 @@ T = TypeVar("T")
 
 _N_THREADS = 4
 """Objects that are read at once: hides the way to a remote store. As many of them are in memory."""
-
-_UNREADABLE = (LayerLakeError, ValueError, LookupError, TypeError, RuntimeError, pa.ArrowException)
-"""What Python, Arrow, Blosc and the catalog raise when bytes are not what they should be."""
 
 
 class Inspection:
@@ -68,6 +64,9 @@ class Inspection:
             if not is_optional:
                 self.miss(name)
             return None
+        except (CorruptRun, StoreError) as error:  # its name leads out of the lake, or it cannot be read
+            self.report(name, Deviation("object", "readable", error))
+            return None
         with self._counting:
             self.n_objects += 1
             self.nbytes += len(content)
@@ -77,7 +76,7 @@ class Inspection:
             self.report(name, deviation)
         except FormatError:  # not damaged: newer than this reader
             raise
-        except _UNREADABLE as error:
+        except (LayerLakeError, *DECODING_ERRORS) as error:
             self.report(
                 name, Deviation("content", "what layerlake writes", f"{type(error).__name__}: {error}")
             )

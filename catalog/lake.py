@@ -6,9 +6,17 @@ import os
 from collections.abc import Sequence
 from typing import Any, Self
 
-from .errors import AmbiguousRun, FormatError, LakeNotFound, RunNotFound, did_you_mean
+from .errors import (
+    AmbiguousRun,
+    CorruptRun,
+    FormatError,
+    LakeNotFound,
+    LayerLakeError,
+    RunNotFound,
+    did_you_mean,
+)
 from .findings import StoredTable, is_state_view, list_findings
-from .layout import FORMAT_VERSION, LAKE_MARKER
+from .layout import FORMAT_VERSION, LAKE_MARKER, require_format
 from .manifest import read_manifest
 from .run import Run
 from .stores import Store
@@ -29,7 +37,7 @@ class Lake:
     LakeNotFound
         There is no lake at the URL.
     FormatError
-        The lake was written by a newer layerlake.
+        The lake was written in another format.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
@@ -70,22 +78,41 @@ class Lake:
         AmbiguousRun
             Several do.
         """
-        run_id = match_run(prefix, self.run_ids, url=self.url)
+        return self._open(match_run(prefix, self.run_ids, url=self.url))
+
+    def runs(self, prefixes: Sequence[str] = ()) -> list[Run]:
+        """Open the runs that the prefixes name, or all runs, in the order of their ids."""
+        return [self._open(run_id) for run_id in self._match(prefixes)]
+
+    def readable_runs(self, prefixes: Sequence[str] = ()) -> dict[str, Run | LayerLakeError]:
+        """Open the runs as :meth:`runs` does: id → run, or what keeps a damaged one from being opened."""
+        opened: dict[str, Run | LayerLakeError] = {}
+        for run_id in self._match(prefixes):
+            try:
+                opened[run_id] = self._open(run_id)
+            except (CorruptRun, FormatError) as error:
+                opened[run_id] = error
+        return opened
+
+    def _match(self, prefixes: Sequence[str]) -> list[str]:
+        known = self.run_ids
+        return [match_run(prefix, known, url=self.url) for prefix in prefixes] or known
+
+    def _open(self, run_id: str) -> Run:
         manifest = read_manifest(self.store, run_id)
         if manifest is None:
             raise RunNotFound(f"Run {run_id} has no manifest.")
         return Run(self.store, manifest)
-
-    def runs(self, prefixes: Sequence[str] = ()) -> list[Run]:
-        """Open the runs that the prefixes name, or all runs, in the order of their ids."""
-        return [self.run(prefix) for prefix in (prefixes or self.run_ids)]
 
     def models(self) -> list[dict[str, Any]]:
         """Describe the models (``model.json`` of each)."""
         return [self.store.read_json(f"models/{name}/model.json") for name in self.store.list("models")]
 
     def findings(self, view: str | None = None) -> list[StoredTable]:
-        """Describe all stored findings, or those of one view; what analyses keep for themselves is left out."""
+        """Describe all stored findings, or those of one view.
+
+        What analyses keep for themselves is left out, and so is what is unfinished or damaged, which ``verify`` names.
+        """
         return [table for table in list_findings(self.store, view) if not is_state_view(table.view)]
 
 
@@ -99,6 +126,8 @@ def match_run(prefix: str | None, known: Sequence[str], *, url: str) -> str:
     AmbiguousRun
         Several do.
     """
+    if prefix == "":  # every id begins with it: a script's empty variable, and not a choice
+        raise RunNotFound("No run has an empty name.", hint=f"Runs are: {', '.join(known) or 'none'}.")
     beginning = [run_id for run_id in known if run_id.startswith(prefix or "")]
     fitting = [run_id for run_id in beginning if run_id == prefix] or beginning
     if not fitting:
@@ -117,11 +146,7 @@ def match_run(prefix: str | None, known: Sequence[str], *, url: str) -> str:
 def _check_format(store: Store) -> None:
     marker = store.read_json(LAKE_MARKER)
     version = marker.get("format_version") if isinstance(marker, dict) else None
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise FormatError(
-            f"The lake '{store.url}' has format {version}; this layerlake reads up to {FORMAT_VERSION}.",
-            hint="Upgrade layerlake.",
-        )
+    require_format(version, f"The lake '{store.url}'")
 
 
 def create_lake(url: str | os.PathLike[str]) -> Store:
@@ -132,7 +157,7 @@ def create_lake(url: str | os.PathLike[str]) -> Store:
     LakeNotFound
         The URL is a folder with something else in it.
     FormatError
-        There is a lake of a newer format.
+        There is a lake of another format.
     """
     store = Store(url)
     check_creatable(store)
@@ -149,7 +174,9 @@ def check_creatable(store: Store) -> None:
     LakeNotFound
         It is neither a lake nor empty.
     FormatError
-        It is a lake of a newer format.
+        It is a lake of another format.
+    StoreError
+        Nothing can be made there.
     """
     names = store.list("")
     if LAKE_MARKER in names:
@@ -158,3 +185,5 @@ def check_creatable(store: Store) -> None:
         raise LakeNotFound(
             f"'{store.url}' is not a lake, and it is not empty.", hint="Name a new or an empty folder."
         )
+    else:
+        store.check_creatable()

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from .bands import N_SUMS, QUERIES
-from .errors import PlanError
+from .errors import FormatError, PlanError
 from .shapes import ModelShape
 from .sites import SITES, Site
 from .sizes import format_nbytes
@@ -29,12 +29,13 @@ __all__ = [
     "n_pairs",
     "object_name",
     "plan_geometry",
+    "require_format",
     "shard_name",
     "weight_specs",
 ]
 
-FORMAT_VERSION = 1
-"""The version of the layout on disk; a lake with a higher one is refused."""
+FORMAT_VERSION = 2
+"""The version of the layout on disk; a lake with another one is refused."""
 
 CHUNK_NBYTES = 1 << 20
 """Chunks are halved until they are no larger than this (1 MiB)."""
@@ -46,6 +47,25 @@ MAX_PARTITION_TOKENS = 8192
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 LAKE_MARKER = "layerlake.json"
+
+
+def require_format(version: object, what: str) -> None:
+    """Raise unless ``what``, a lake or a run, is of the format that this version reads.
+
+    Raises
+    ------
+    FormatError
+        It is of a newer one, of one that only development versions wrote, or of none.
+    """
+    if version == FORMAT_VERSION:
+        return
+    is_older = isinstance(version, int) and 0 < version < FORMAT_VERSION
+    hint = (
+        "A development version of layerlake wrote it: capture it again." if is_older else "Upgrade layerlake."
+    )
+    raise FormatError(
+        f"{what} has format {version}; this layerlake reads format {FORMAT_VERSION}.", hint=hint
+    )
 
 
 def itemsize(dtype: str) -> int:
@@ -170,6 +190,12 @@ def plan_geometry(
         # a chunk of `pattern` is one head's pairs; of the others, one layer's vectors
         row_nbytes = itemsize(dtype) * (1 if site.rows == "pair" else site.width(shape))
         chunk_rows[name] = _halve(pairs if site.rows == "pair" else partition_tokens, row_nbytes)
+        if chunk_rows[name] > 1 and chunk_rows[name] * row_nbytes > 2 * CHUNK_NBYTES:
+            raise PlanError(
+                f"A partition of {partition_tokens} tokens cannot be cut into equal chunks of at most "
+                f"{format_nbytes(CHUNK_NBYTES)} of {name}.",
+                hint="Make --partition-tokens a power of two.",
+            )
     return Geometry(partition_tokens, context, chunk_rows)
 
 

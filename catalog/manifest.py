@@ -6,12 +6,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from .errors import CorruptRun, FormatError
-from .layout import FORMAT_VERSION, Geometry, log_path, run_path
+from .errors import CorruptRun, decoding
+from .layout import FORMAT_VERSION, Geometry, log_path, require_format, run_path
 from .shapes import ModelShape
 from .stores import Store
 
-__all__ = ["Manifest", "Partition", "commit_manifest", "read_manifest"]
+__all__ = ["Manifest", "Partition", "commit_manifest", "read_log", "read_manifest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,41 +68,49 @@ class Manifest:
         return value
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        """Rebuild a snapshot from :meth:`to_json`.
+    def from_json(cls, value: dict[str, Any], *, name: str = "A manifest") -> Self:
+        """Rebuild a snapshot from :meth:`to_json`; ``name`` is its object's.
 
         Raises
         ------
         FormatError
-            The snapshot was written by a newer format.
+            The snapshot was written in another format.
         CorruptRun
-            A field is missing.
+            A field is missing, or is not what it should be.
         """
-        version = value.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise FormatError(
-                f"The run was written in format {version}; this layerlake reads up to {FORMAT_VERSION}.",
-                hint="Upgrade layerlake.",
-            )
-        try:
-            given = {f.name: value[f.name] for f in dataclasses.fields(cls)}
-        except KeyError as error:
-            raise CorruptRun(f"A manifest has no field {error}.") from error
-        given["shape"] = ModelShape.from_json(value["shape"])
-        given["geometry"] = Geometry.from_json(value["geometry"])
-        given["partitions"] = tuple(Partition(**item) for item in value["partitions"])
-        given["sites"] = {name: tuple(items) for name, items in value["sites"].items()}
-        given["parts"] = {name: tuple(items) for name, items in value["parts"].items()}
-        given["captures"] = tuple(value["captures"])
-        return cls(**given)
+        with decoding(name):
+            require_format(value.get("format_version"), "The run")
+            missing = [field.name for field in dataclasses.fields(cls) if field.name not in value]
+            if missing:
+                raise CorruptRun(f"{name} has no field '{missing[0]}'.")
+            given = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+            given["shape"] = ModelShape.from_json(value["shape"])
+            given["geometry"] = Geometry.from_json(value["geometry"])
+            given["partitions"] = tuple(Partition(**item) for item in value["partitions"])
+            given["sites"] = {site: tuple(items) for site, items in value["sites"].items()}
+            given["parts"] = {table: tuple(items) for table, items in value["parts"].items()}
+            given["captures"] = tuple(dict(entry) for entry in value["captures"])
+            return cls(**given)
+
+
+def read_log(store: Store, run_id: str) -> list[Manifest]:
+    """Return all snapshots of a run, in order."""
+    return [_read_snapshot(store, path) for path in _log_paths(store, run_id)]
 
 
 def read_manifest(store: Store, run_id: str) -> Manifest | None:
     """Return the newest snapshot of a run, or None if none was committed."""
-    names = [name for name in store.list(f"{run_path(run_id)}/log") if name.endswith(".json")]
-    if not names:
-        return None
-    return Manifest.from_json(store.read_json(f"{run_path(run_id)}/log/{names[-1]}"))
+    paths = _log_paths(store, run_id)
+    return _read_snapshot(store, paths[-1]) if paths else None
+
+
+def _log_paths(store: Store, run_id: str) -> list[str]:
+    folder = f"{run_path(run_id)}/log"
+    return [f"{folder}/{name}" for name in store.list(folder) if name.endswith(".json")]
+
+
+def _read_snapshot(store: Store, path: str) -> Manifest:
+    return Manifest.from_json(store.read_json(path), name=f"{store.url}/{path}")
 
 
 def commit_manifest(store: Store, manifest: Manifest) -> Manifest:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from .layout import activations_path, log_path, object_name, part_path, run_path
 from .manifest import Manifest
-from .reservation import COLLECTING, REMOVING
+from .reservation import remover
 from .sites import SITES
 
 __all__ = ["find_lost_snapshots", "named_objects", "object_keys"]
@@ -65,6 +65,6 @@ def find_lost_snapshots(
     newest = max(there, default=0)
     lost = [number for number in range(1, newest + 1) if number not in there]
     orphans = [name for name in object_parts if name not in named and f"part-{holder}.parquet" not in name]
-    if orphans and holder not in (REMOVING, COLLECTING):
+    if orphans and remover(holder) is None:
         lost.append(newest + 1)
     return [log_path(run_id, number) for number in lost]

@@ -10,19 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
-from .errors import CaptureInProgress, CorruptRun, RunNotFound
-from .findings import StoredTable, describe_finding
-from .layout import finding_path, run_path
+from .errors import CaptureInProgress, CorruptRun, FormatError, RunNotFound
+from .findings import scan_findings
+from .layout import run_path
 from .manifest import read_manifest
-from .reservation import REMOVING, reservation_path, reserve_run, reserved_by, take_over_run
+from .reservation import (
+    REMOVING,
+    new_remover,
+    release_run,
+    remover,
+    reservation_path,
+    reserve_run,
+    reserved_by,
+    take_over_run,
+)
 from .stores import Store, Stored
 
-__all__ = ["Removal", "delete_held", "plan_removal", "readable_findings", "remove_run"]
-
-_BATCH = 1000
-"""Objects that are deleted at once: as many as S3 takes in one request."""
+__all__ = ["Removal", "delete_findings", "delete_held", "in_order", "plan_removal", "remove_run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +64,16 @@ def plan_removal(store: Store, run_id: str) -> Removal:
     RunNotFound
         Nothing of it is in the lake.
     """
-    objects = _in_order(run_id, store.scan(run_path(run_id)))
+    objects = in_order(run_id, store.scan(run_path(run_id)))
     if not objects:
         raise RunNotFound(f"There is no run {run_id} in the lake '{store.url}'.")
-    described, _ = readable_findings(store)
-    paths = {table.path for table in described if table.key.run == run_id}
-    findings = tuple(stored for stored in store.scan("findings") if stored.name in paths) if paths else ()
-    return Removal(run_id, tuple(objects), findings, held_by=_holder(store, run_id))
+    found = scan_findings(store)
+    tables = [table for table in (*found.whole, *found.unfinished) if table.key.run == run_id]
+    held_by = _in_the_way(store, run_id, reserved_by(store, run_id))
+    return Removal(run_id, tuple(objects), found.objects_of(tables), held_by=held_by)
 
 
-def remove_run(store: Store, run_id: str, *, force: bool = False) -> Removal:
+def remove_run(store: Store, run_id: str, *, force: bool = False, held_by: str | None = None) -> Removal:
     """Remove a run and the findings computed from it; one that was interrupted is finished.
 
     Parameters
@@ -79,6 +84,8 @@ def remove_run(store: Store, run_id: str, *, force: bool = False) -> Removal:
         The run.
     force : bool
         Remove it though a capture is open, which is then taken for abandoned.
+    held_by : str, optional
+        End the removal that this holder has begun, and do nothing if it is over.
 
     Returns
     -------
@@ -88,72 +95,69 @@ def remove_run(store: Store, run_id: str, *, force: bool = False) -> Removal:
     Raises
     ------
     CaptureInProgress
-        A capture of the run is open.
+        A capture of the run is open, or somebody has taken it over meanwhile.
     RunNotFound
         Nothing of it is in the lake.
     """
-    planned = plan_removal(store, run_id)
-    if reserve_run(store, run_id, REMOVING) != REMOVING:
+    planned, holder = plan_removal(store, run_id), new_remover(REMOVING)
+    found = held_by or reserve_run(store, run_id, holder)
+    if found != holder:
         if not force:
-            replace(planned, held_by=_holder(store, run_id)).require_free()
-        take_over_run(store, run_id, REMOVING)
+            replace(planned, held_by=_in_the_way(store, run_id, found)).require_free()
+        if not take_over_run(store, run_id, holder, held_by=found):
+            raise _taken_over(run_id)
     folder, reservation = run_path(run_id), reservation_path(run_id)
     for stored in planned.objects:
-        if stored.name.startswith(f"{folder}/log/"):
-            store.delete_all([stored.name])
+        if stored.name.startswith(f"{folder}/log/"):  # one after the other: their order is what counts
+            _delete_held(store, run_id, holder, [stored])
     # again until nothing is left: a writer that --force has cut off may have been about to write its last object
-    while names := [
-        stored.name for stored in _in_order(run_id, store.scan(folder)) if stored.name != reservation
-    ]:
-        if not delete_held(store, run_id, REMOVING, names):
-            raise CaptureInProgress(
-                f"Run {run_id} was taken over while it was removed.", hint="See what is there: layerlake ls"
-            )
-    store.delete_all([stored.name for stored in planned.findings])
-    store.delete_all([reservation])
+    while left := [each for each in in_order(run_id, store.scan(folder)) if each.name != reservation]:
+        _delete_held(store, run_id, holder, left)
+    delete_findings(store, planned.findings)
+    release_run(store, run_id, holder)
     return planned
 
 
-def delete_held(store: Store, run_id: str, holder: str, names: Iterable[str]) -> bool:
-    """Delete objects of a run, in order, as long as ``holder`` holds it; tell whether it still did at the end."""
-    remaining = iter(names)
-    while batch := list(islice(remaining, _BATCH)):
-        if reserved_by(store, run_id) != holder:
-            return False
-        store.delete_all(batch)
-    return True
+def _delete_held(store: Store, run_id: str, holder: str, objects: Sequence[Stored]) -> None:
+    if delete_held(store, run_id, holder, objects) < len(objects):
+        raise _taken_over(run_id)
 
 
-def readable_findings(store: Store) -> tuple[list[StoredTable], list[str]]:
-    """Return the tables of all findings, and the objects that should be such tables and are not."""
-    described: list[StoredTable] = []
-    unreadable: list[str] = []
-    for view in store.list("findings"):
-        for digest in store.list(f"findings/{view}"):
-            try:
-                described.append(describe_finding(store, view, digest))
-            except FileNotFoundError:
-                continue
-            except (CorruptRun, ValueError, LookupError, TypeError):
-                unreadable.append(finding_path(view, digest))
-    return described, unreadable
+def _taken_over(run_id: str) -> CaptureInProgress:
+    return CaptureInProgress(
+        f"Run {run_id} was taken over while it was removed.", hint="See what is there: layerlake ls LAKE"
+    )
 
 
-def _holder(store: Store, run_id: str) -> str | None:
-    """Return who holds a run, other than a removal, or a capture that is committed and had only to let go."""
-    holder = reserved_by(store, run_id)
-    if holder in (None, REMOVING):
+def delete_held(store: Store, run_id: str, holder: str, objects: Sequence[Stored]) -> int:
+    """Delete objects of a run, in order, as long as ``holder`` holds it; return how many went."""
+    names = [stored.name for stored in objects]
+    return store.delete_all(names, go_on=lambda: reserved_by(store, run_id) == holder)
+
+
+def delete_findings(store: Store, tables: Iterable[Stored]) -> None:
+    """Delete tables of findings one after the other, as :meth:`StoredFindings.objects_of` sorts them."""
+    for stored in tables:
+        store.delete_all([stored.name])
+
+
+def _in_the_way(store: Store, run_id: str, holder: str | None) -> str | None:
+    """Return the holder of a run if it may not be removed: a capture that is not committed, or a collection."""
+    if holder is None or remover(holder) == REMOVING:
         return None
     try:
         newest = read_manifest(store, run_id)
-    except CorruptRun:
+    except (CorruptRun, FormatError):
         return holder
-    committed = newest is not None and any(entry["capture_id"] == holder for entry in newest.captures)
+    committed = newest is not None and any(entry.get("capture_id") == holder for entry in newest.captures)
     return None if committed else holder
 
 
-def _in_order(run_id: str, objects: Iterable[Stored]) -> Sequence[Stored]:
-    """Sort a run's objects as they go: log, from the newest snapshot on; work in progress, plans first; the rest."""
+def in_order(run_id: str, objects: Iterable[Stored]) -> Sequence[Stored]:
+    """Sort a run's objects as they go: log, from the newest snapshot on; work in progress, plans first; the rest.
+
+    So no ledger outlives an object that it records.
+    """
     folder = run_path(run_id)
     ranks = (f"{folder}/log/", f"{folder}/wip/")
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from .errors import CorruptRun, SiteNotFound, did_you_mean
+from .errors import SiteNotFound, did_you_mean
 from .layout import activations_path, model_path, object_name, part_path, run_path
 from .manifest import Manifest, Partition
 from .mask import evaluation_positions
 from .shapes import ModelShape
 from .sites import SITES
 from .stores import Store
-from .tables import DOCUMENTS, OBJECTS, TOKENS, read_parts
+from .tables import DOCUMENTS, OBJECTS, TOKENS, read_part, read_parts
 
 if TYPE_CHECKING:
     import xarray
@@ -53,6 +51,7 @@ class Run:
         self.store = store
         self.manifest = manifest
         self.excluded = excluded
+        self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def __repr__(self) -> str:
         held = ", ".join(self.sites)
@@ -137,16 +136,22 @@ class Run:
         return values
 
     def weight_array(self, name: str) -> zarr.Array[Any]:
-        """Return a weight as a Zarr array, to read it layer by layer."""
-        import zarr
+        """Return a weight as a Zarr array, to read it layer by layer.
 
-        group = zarr.open_group(
-            self.store.zarr_store(f"{model_path(self.manifest.model_id)}/weights.zarr"), mode="r"
-        )
-        array = group.get(name)
-        if not isinstance(array, zarr.Array):
-            raise CorruptRun(f"Model {self.manifest.model_id} has no weight '{name}' in the lake.")
-        return array
+        Raises
+        ------
+        CorruptRun
+            The lake has no such weight of the model; reading it says so of the weight's objects.
+        """
+        return self._open_array(f"{model_path(self.manifest.model_id)}/weights.zarr", name, _is_chunk)
+
+    def _open_array(self, folder: str, name: str, is_named: Callable[[str], bool]) -> zarr.Array[Any]:
+        """Return an array, which is opened once."""
+        from .zarr_reads import open_array
+
+        if name not in self._arrays:
+            self._arrays[name] = open_array(self.store, folder, name, is_named)
+        return self._arrays[name]
 
     # -- activations ----------------------------------------------------------------------------
 
@@ -189,15 +194,16 @@ class Run:
         ------
         SiteNotFound
             The run does not hold the site, or it is not an array.
+        CorruptRun
+            It is not in the lake, though the manifest says so; reading it says so of the site's objects.
         """
-        import zarr
-
         if site in SITES and not SITES[site].is_array:
             raise SiteNotFound(f"Site '{site}' is a table, not an array.", hint=f"Read it as run.{site}.")
         if site not in self.sites:
             self.require_site(site)
-        store = self.store.zarr_store(activations_path(self.run_id))
-        return zarr.open_array(store, path=site, mode="r")
+        axis, partitions = SITES[site].dims.index(SITES[site].rows), frozenset(self.manifest.sites[site])
+        is_named = partial(_is_shard, axis=axis, partitions=partitions)
+        return self._open_array(activations_path(self.run_id), site, is_named)
 
     def span(self, site: str, partition: Partition) -> tuple[int, int]:
         """Return the first row of a partition on the site's long axis, and the row after its last used one."""
@@ -293,10 +299,14 @@ class Run:
             Some of the columns of ``tables.ATTN_BAND``; None for all.
         where : Expression, optional
             Which rows.
+
+        Raises
+        ------
+        CorruptRun
+            The object is gone, or is not what was written.
         """
         name = object_name(SITES["attn_band"], 0, partition.index)
-        file = io.BytesIO(self.store.read(f"{run_path(self.run_id)}/{name}"))
-        return pq.read_table(file, columns=None if columns is None else list(columns), filters=where)
+        return read_part(self.store, f"{run_path(self.run_id)}/{name}", columns=columns, where=where)
 
     def attention(self, document: int, layer: int) -> xarray.DataArray:
         """Return one document's attention weights in one layer: float32 ``(head, query, key)``, 0 above the diagonal.
@@ -360,3 +370,14 @@ class Run:
         index = np.flatnonzero(masked)
         following = tokens["token_id"].to_numpy()[index + 1]
         return tokens.take(index).append_column("next_token_id", pa.array(following, pa.int32()))
+
+
+def _is_shard(name: str, axis: int, partitions: frozenset[int]) -> bool:
+    """Tell whether an object of a site's array is a shard of one of some partitions, which lie along an axis."""
+    _, kind, *place = name.split("/")
+    return kind == "c" and int(place[axis]) in partitions
+
+
+def _is_chunk(name: str) -> bool:
+    """Tell whether an object of a weight is one of its chunks, all of which must be there."""
+    return name.split("/")[1] == "c"

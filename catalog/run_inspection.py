@@ -6,7 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,31 +17,43 @@ from .layout import activations_path, log_path, part_path, run_path, wip_path
 from .manifest import Manifest
 from .problem import Deviation, require
 from .references import Key, find_lost_snapshots, named_objects, object_keys
-from .reservation import COLLECTING, REMOVING, reservation_path
+from .reservation import COLLECTING, REMOVING, remover, reservation_path
 from .sites import SITES, Site
 
-__all__ = ["inspect_run"]
+__all__ = ["Inspected", "inspect_run"]
 
 Record = Mapping[str, Any]
 
 
-def inspect_run(inspection: Inspection, run_id: str) -> Manifest | None:
-    """Read all that the snapshots of a run name, and return the newest snapshot; None where there is none.
+class Inspected(NamedTuple):
+    """What the inspection of a run found out of it."""
+
+    newest: Manifest | None
+    """Its newest snapshot that can be read."""
+    is_log_whole: bool
+    """Whether that is the newest of all."""
+    models: frozenset[str] | None
+    """The models that it needs, or that an open capture of it is about to need; None if that is not known."""
+
+
+def inspect_run(inspection: Inspection, run_id: str) -> Inspected:
+    """Read all that the snapshots of a run name.
 
     What an open capture has written so far is noted; of it, only what carries a seal is read.
     """
     # Listed first, and its log last: what is committed in between is then not taken for an orphan.
     present = dict(inspection.store.walk(run_path(run_id)))
     holder = _holder(inspection, run_id, present)
-    if holder == REMOVING:
+    if remover(holder) == REMOVING:
         inspection.notes.append(
             f"Run {run_id} is being removed, or that was interrupted: layerlake rm finishes it."
         )
-        return None
+        return Inspected(None, is_log_whole=False, models=frozenset())
     snapshots = _inspect_log(inspection, run_id)
     named = {name for manifest in snapshots.values() if manifest for name in named_objects(manifest)}
     plan = _inspect_work(inspection, run_id, present, holder)
-    if None not in snapshots.values():
+    is_log_whole = None not in snapshots.values()
+    if is_log_whole:
         parts = (name for name in present if name.startswith(f"{run_path(run_id)}/objects/"))
         # gone since: an abandoned capture's, which somebody removes at this moment
         parts_there = [name for name in parts if name in named or inspection.store.exists(name)]
@@ -50,6 +62,7 @@ def inspect_run(inspection: Inspection, run_id: str) -> Manifest | None:
         lost += [log_path(run_id, number) for number in range(max(snapshots, default=0) + 1, extends + 1)]
         for name in dict.fromkeys(lost):
             inspection.miss(name, "snapshot")
+        is_log_whole = not lost
     newest = next((manifest for _, manifest in sorted(snapshots.items(), reverse=True) if manifest), None)
     if newest is None and snapshots:
         inspection.notes.append(
@@ -70,7 +83,10 @@ def inspect_run(inspection: Inspection, run_id: str) -> Manifest | None:
             f"Run {run_id} has {len(orphans)} objects ({nbytes:,} bytes) that no snapshot names, "
             f"{orphans[0]} among them: layerlake gc removes them."
         )
-    return newest
+    named_by = newest.model_id if newest else plan["manifest"].get("model_id") if plan else None
+    is_empty = holder is None and not snapshots
+    models = frozenset([named_by]) if named_by else frozenset() if is_empty else None
+    return Inspected(newest, is_log_whole, models)
 
 
 def _log_folder(run_id: str) -> str:
@@ -133,13 +149,18 @@ def _read_snapshot(content: bytes, run_id: str, number: int, before: Manifest | 
 def _inspect_work(
     inspection: Inspection, run_id: str, present: Mapping[str, int], holder: str | None
 ) -> dict[str, Any] | None:
-    """Read the seals of an open capture's notes, and return its frozen plan; None where none is open."""
+    """Read an open capture's notes, and the objects that its ledgers say are written.
+
+    Returns its frozen plan; None where none is open.
+    """
     plan = None
     for name in sorted(present):
         if name.startswith(f"{run_path(run_id)}/wip/") and name != reservation_path(run_id):
             value = inspection.examine(name, read_sealed_json, is_optional=True)
             plan = value if name == f"{wip_path(run_id, str(holder))}/plan.json" else plan
-    if holder == COLLECTING:
+            if value is not None and name.startswith(f"{wip_path(run_id, str(holder))}/ledgers/"):
+                _inspect_ledger(inspection, run_id, name, value)
+    if remover(holder) == COLLECTING:
         inspection.notes.append(
             f"Run {run_id} is held by layerlake gc; if that was interrupted, run it again."
         )
@@ -150,6 +171,32 @@ def _inspect_work(
             f"A capture of run {run_id} is open ({holder}): {ledgers}{of_all} partitions are written."
         )
     return plan
+
+
+def _inspect_ledger(inspection: Inspection, run_id: str, name: str, ledger: dict[str, Any]) -> None:
+    """Hold the objects of a partition against the ledger that says they are written.
+
+    Unless it has been attempted again: two writers may differ, and the capture itself settles that before its end.
+    """
+    objects = Inspection(inspection.store)
+    objects.examine_all(
+        (f"{run_path(run_id)}/{record['name']}", partial(_require_recorded, record=record))
+        for record in ledger.get("objects", ())
+    )
+    folder, _, file = name.rpartition("/ledgers/")
+    attempt = file.replace(".json", "-")
+    attempts = [each for each in inspection.store.list(f"{folder}/attempts") if each.startswith(attempt)]
+    if len(attempts) > 1 or (objects.problems and not inspection.store.exists(name)):
+        return
+    inspection.problems += objects.problems
+    inspection.n_objects += objects.n_objects
+    inspection.nbytes += objects.nbytes
+
+
+def _require_recorded(content: bytes, record: Record) -> None:
+    """Raise Deviation unless an object has the length and the checksum of its record."""
+    require("bytes", record["nbytes"], len(content))
+    require("CRC-32", record["crc32"], f"{zlib.crc32(content):08x}")
 
 
 # -- tables -------------------------------------------------------------------------------------
@@ -255,8 +302,7 @@ def _verify_object(
 ) -> int:
     """Hold an object against its record, then decode it; return how many of its values are not finite."""
     if record is not None:
-        require("bytes", record["nbytes"], len(content))
-        require("CRC-32", record["crc32"], f"{zlib.crc32(content):08x}")
+        _require_recorded(content, record)
     site, _, partition = key
     if SITES[site].is_array:
         return verify_shard(content, ShardCut.of(SITES[site], manifest, partition))

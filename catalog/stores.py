@@ -21,7 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from .errors import CorruptRun, LakeNotFound, MissingExtra, StoreError
-from .files import delete_files, delete_tree, find_files, put_file
+from .files import check_folder, delete_files, delete_tree, find_files, put_file
+from .ranges import Ranges
 from .retries import ATTEMPTS, is_transient, retried, store_error
 from .seal import SEAL_FIELD, is_intact, seal_json
 
@@ -70,14 +71,21 @@ class Store:
     MissingExtra
         The URL's protocol needs a package that is not installed.
     LakeNotFound
-        No file system has this protocol.
+        No file system has this protocol, or the URL names no place in it.
     StoreError
         The protocol's client cannot be set up.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
-        self.url = os.fspath(url).rstrip("/") or "/"
-        protocol = self.url.partition("://")[0] if "://" in self.url else "file"
+        given = os.fspath(url)
+        protocol, _, place = given.partition("://") if "://" in given else ("file", "", given)
+        bucket = place.partition("/")[0] if protocol in _EXTRA_OF else place
+        if not bucket or (protocol == "memory" and not place.strip("/")):
+            raise LakeNotFound(
+                f"'{given}' names no place for a lake.",
+                hint="Name a folder, or a bucket and what is in it: s3://bucket/lake",
+            )
+        self.url = given.rstrip("/") if place.strip("/") else given
         try:
             fsspec.get_filesystem_class(protocol)
         except ImportError as error:
@@ -111,8 +119,27 @@ class Store:
         there = next(path for path in (self.local_path, *self.local_path.parents) if path.exists())
         return shutil.disk_usage(there).free
 
+    def check_creatable(self) -> None:
+        """Raise StoreError unless a local store is a folder, or can be made one; of any other, nothing is known."""
+        if self.is_local:
+            check_folder(self.local_path)
+
     def _path(self, name: str) -> str:
-        return f"{self._root.rstrip('/')}/{name}" if name else self._root
+        """Return where an object is.
+
+        Raises
+        ------
+        CorruptRun
+            The name leads out of the store: names are made of what lakes say, which anybody may have written.
+        """
+        if not name:
+            return str(self._root)
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise CorruptRun(
+                f"'{name}' is no name of an object of {self.url}: a part of it is empty, '.' or '..'.",
+                hint=f"See what is damaged: layerlake verify {self.url}",
+            )
+        return f"{self._root.rstrip('/')}/{name}"
 
     def _retried(
         self,
@@ -130,8 +157,12 @@ class Store:
         content: bytes = self._retried("read", name, lambda: self._fs.cat_file(self._path(name)))
         return content
 
-    def open(self, name: str) -> IO[bytes]:
-        """Open an object for reading; a remote one is fetched by ranges as it is read."""
+    def open(self, name: str, *, nbytes: int | None = None) -> IO[bytes]:
+        """Open an object for reading; a remote one is fetched by ranges as it is read.
+
+        ``nbytes`` is its length, if a listing has told it; else a remote store is asked, and FileNotFoundError comes
+        here and not from the first read.
+        """
         path = self._path(name)
         if self.is_local:
             return self._retried("read", name, lambda: Path(path).open("rb"))
@@ -142,8 +173,9 @@ class Store:
             )
             return content
 
-        nbytes: int = self._retried("read", name, lambda: self._fs.info(path)["size"])
-        return io.BufferedReader(_Ranges(fetch, nbytes), _AHEAD_NBYTES)
+        if nbytes is None:
+            nbytes = self._retried("read", name, lambda: int(self._fs.info(path)["size"]))
+        return io.BufferedReader(Ranges(fetch, nbytes), _AHEAD_NBYTES)
 
     def read_json(self, name: str) -> Any:
         """Return a JSON object, without its seal.
@@ -154,14 +186,14 @@ class Store:
             The object is not JSON, or not what was written.
         """
         content = self.read(name)
+        hint = f"See what else is damaged: layerlake verify {self.url}"
         try:
             value = json.loads(content)
         except ValueError as error:
-            raise CorruptRun(f"{self.url}/{name} is not JSON: {error}") from error
-        if isinstance(value, dict) and value.pop(SEAL_FIELD, None) is not None and not is_intact(content):
+            raise CorruptRun(f"{self.url}/{name} is not JSON: {error}", hint=hint) from error
+        if isinstance(value, dict) and _pop_seal(value) is not None and not is_intact(content):
             raise CorruptRun(
-                f"{self.url}/{name} is not what was written: its checksum does not fit.",
-                hint=f"See what else is damaged: layerlake verify {self.url}",
+                f"{self.url}/{name} is not what was written: its checksum does not fit.", hint=hint
             )
         return value
 
@@ -248,29 +280,52 @@ class Store:
         found = self._retried("listed", name, lambda: find(path))
         return {each[prefix:]: info for each, info in sorted(found.items())}
 
-    def delete_all(self, names: Iterable[str]) -> None:
+    def delete_all(self, names: Iterable[str], *, go_on: Callable[[], bool] = lambda: True) -> int:
         """Delete many objects, in bulk where the store can; absent is fine. Folders left empty go too.
+
+        Lists a remote store once, after all of them.
+
+        Parameters
+        ----------
+        names : iterable of str
+            They go in this order, a thousand at a time.
+        go_on : callable, optional
+            Asked before each thousand; where it says no, the rest stays.
+
+        Returns
+        -------
+        int
+            How many are gone.
 
         Raises
         ------
         StoreError
             Some are still there.
         """
-        left = set(names)
-        if self.is_local:
-            paths = [Path(self._path(name)) for name in left]
-            self._retried("cleared", "", lambda: delete_files(paths, below=self.local_path))
-            return
+        given, n_gone = list(dict.fromkeys(names)), 0
+        while some := given[n_gone : n_gone + _BULK]:
+            if not go_on():
+                break
+            if self.is_local:
+                paths = [Path(self._path(name)) for name in some]
+                self._retried("cleared", "", partial(delete_files, paths, below=self.local_path))
+            else:
+                self._delete_remote(some)
+            n_gone += len(some)
+        return n_gone if self.is_local else n_gone - self._delete_left(set(given[:n_gone]), go_on)
+
+    def _delete_left(self, left: set[str], go_on: Callable[[], bool]) -> int:
+        """Delete what a bulk deletion has kept to itself that it could not delete; return how many are left.
+
+        Some also stop at what is absent.
+        """
         for _ in range(ATTEMPTS):
-            if not left:
-                return
+            if left:
+                left &= set(self._find(posixpath.commonpath(left)))
+            if not left or not go_on():  # what is there may be somebody else's by now
+                return len(left)
             self._delete_remote(left)
-            # a bulk deletion keeps to itself what it could not delete, and stops at what is absent
-            left &= set(self._find(posixpath.commonpath(left)))
-        if left:
-            raise StoreError(
-                f"{len(left)} objects of {self.url} could not be deleted, among them {min(left)}."
-            )
+        raise StoreError(f"{len(left)} objects of {self.url} could not be deleted, among them {min(left)}.")
 
     def _delete_remote(self, names: Iterable[str]) -> None:
         paths = sorted(self._path(name) for name in names)
@@ -292,59 +347,34 @@ class Store:
         else:
             self.delete_all(self._find(name))
 
-    def zarr_store(self, name: str) -> ZarrStore:
-        """Return a folder as a Zarr store, read-only."""
+    def zarr_store(self, name: str, is_named: Callable[[str], bool] | None = None) -> ZarrStore:
+        """Return a folder as a Zarr store, read-only.
+
+        Parameters
+        ----------
+        name : str
+            The folder.
+        is_named : callable, optional
+            Tells of a name in it whether that object must be there, so that its absence is a CorruptRun; Zarr takes
+            it for zeros. Must pickle if the store does.
+        """
         from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
         from zarr.storage import FsspecStore, LocalStore
 
         from .zarr_reads import ZarrReads
 
-        path = self._path(name)
+        path, url = self._path(name), f"{self.url}/{name}"
         if self.is_local:
-            return LocalStore(path, read_only=True)
+            return ZarrReads(LocalStore(path, read_only=True), url, is_named)
         # in threads over the one client; nobody would ever close the connections of an asynchronous one
         client = AsyncFileSystemWrapper(self._fs, asynchronous=True)
-        return ZarrReads(FsspecStore(client, read_only=True, path=path), f"{self.url}/{name}")
+        return ZarrReads(FsspecStore(client, read_only=True, path=path), url, is_named)
 
 
-class _Ranges(io.RawIOBase):
-    """A remote object as a file: what is read is fetched, range by range.
-
-    Parameters
-    ----------
-    fetch : callable
-        Returns the bytes from a first to before a last one.
-    nbytes : int
-        The object's length.
-    """
-
-    def __init__(self, fetch: Callable[[int, int], bytes], nbytes: int) -> None:
-        super().__init__()
-        self._fetch = fetch
-        self._nbytes = nbytes
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._nbytes}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        content = self._next(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
-
-    def readall(self) -> bytes:
-        return self._next(self._nbytes)  # at once; the inherited one reads by buffers
-
-    def _next(self, nbytes: int) -> bytes:
-        first, self._at = self._at, min(self._at + nbytes, self._nbytes)
-        return self._fetch(first, self._at) if first < self._at else b""
+def _pop_seal(value: dict[str, Any]) -> Any:
+    """Take the seal out of a JSON object, or out of the attributes of a Zarr node, and return it if there is one."""
+    fields = value.get("attributes") if "node_type" in value else value
+    return fields.pop(SEAL_FIELD, None) if isinstance(fields, dict) else None
 
 
 def _modified(info: Mapping[str, Any]) -> float:

@@ -16,15 +16,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .bands import MAX_DISTANCE, N_SUMS, QUERIES, band_counts
-from .seal import SEAL_FIELD, UNSEALED, seal
+from .errors import CorruptRun, decoding
+from .seal import SEAL_FIELD, UNSEALED, is_intact, seal
 from .stores import Store
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "VOCAB",
     "attn_band_sums",
     "attn_band_table",
+    "read_part",
     "read_parts",
     "to_parquet",
 ]
@@ -170,8 +173,37 @@ def _item_type(kind: pa.DataType) -> pa.DataType:
 
 
 def read_parts(store: Store, names: Iterable[str], schema: pa.Schema | None = None) -> pa.Table:
-    """Read Parquet parts as one table, in the order given; with ``schema``, no parts give an empty table."""
-    tables = [pq.read_table(io.BytesIO(store.read(name))) for name in names]
+    """Read Parquet parts as one table, in the order given; with ``schema``, no parts give an empty table.
+
+    Raises
+    ------
+    CorruptRun
+        A part is gone, or is not what was written.
+    """
+    tables = [read_part(store, name) for name in names]
     if not tables and schema is not None:
         return schema.empty_table()
     return pa.concat_tables(tables, promote_options="default")
+
+
+def read_part(
+    store: Store, name: str, *, columns: Sequence[str] | None = None, where: pc.Expression | None = None
+) -> pa.Table:
+    """Read one Parquet object, or some of its columns and rows.
+
+    Raises
+    ------
+    CorruptRun
+        It is gone, or is not what was written.
+    """
+    hint = f"See what else is damaged: layerlake verify {store.url}"
+    try:
+        content = store.read(name)
+    except FileNotFoundError as error:
+        raise CorruptRun(f"{store.url}/{name} is gone.", hint=hint) from error
+    if not is_intact(content):  # Arrow reads past a changed value
+        raise CorruptRun(f"{store.url}/{name} is not what was written: its checksum does not fit.", hint=hint)
+    with decoding(f"{store.url}/{name}"):
+        return pq.read_table(
+            io.BytesIO(content), columns=None if columns is None else list(columns), filters=where
+        )

@@ -9,7 +9,8 @@ shards and weights a CRC-32C. So does any object that is gone and that a manifes
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,13 +18,14 @@ from typing import Any
 import pyarrow.compute as pc
 
 from .arrays import verify_group_metadata, verify_weight_chunk, verify_weight_metadata
-from .errors import DamagedLake, FormatError, LakeNotFound
+from .errors import CorruptRun, DamagedLake, LakeNotFound
 from .findings import FindingKey
 from .inspection import Inspection, open_sealed_parquet, read_sealed_json
 from .lake import match_run
-from .layout import FORMAT_VERSION, LAKE_MARKER, finding_path, model_path, weight_specs
+from .layout import LAKE_MARKER, finding_path, model_path, require_format, weight_specs
+from .manifest import read_manifest
 from .problem import Deviation, Problem, require
-from .run_inspection import inspect_run
+from .run_inspection import Inspected, inspect_run
 from .shapes import ModelShape
 from .stores import Store
 
@@ -95,13 +97,12 @@ def verify_lake(store: Store, runs: Sequence[str] = ()) -> Verification:
     inspection = Inspection(store)
     inspection.examine(LAKE_MARKER, _read_marker)
     shapes: dict[str, ModelShape | None] = {} if runs else dict.fromkeys(store.list("models"))
-    for run_id in chosen:
-        manifest = inspect_run(inspection, run_id)
-        if manifest is not None:
-            shapes[manifest.model_id] = manifest.shape
+    inspected = {run_id: inspect_run(inspection, run_id) for run_id in chosen}
+    shapes |= {run.newest.model_id: run.newest.shape for run in inspected.values() if run.newest}
     for model_id, shape in shapes.items():
-        _inspect_model(inspection, model_id, shape)
-    n_findings = _inspect_findings(inspection, known, chosen)
+        is_awaited = any(run.models is None or model_id in run.models for run in inspected.values())
+        _inspect_model(inspection, model_id, shape, is_awaited=is_awaited)
+    n_findings = _inspect_findings(inspection, known, inspected)
     verification = Verification(
         tuple(sorted(inspection.problems, key=lambda problem: problem.object)), tuple(inspection.notes),
         n_runs=len(chosen), n_models=len(shapes), n_findings=n_findings,
@@ -129,52 +130,59 @@ def _damaged(store: Store, found: Verification) -> DamagedLake:
 
 
 def _read_marker(content: bytes) -> None:
-    version = read_sealed_json(content)["format_version"]
-    if version > FORMAT_VERSION:
-        raise FormatError(
-            f"The lake has format {version}; this layerlake reads up to {FORMAT_VERSION}.",
-            hint="Upgrade layerlake.",
-        )
+    require_format(read_sealed_json(content)["format_version"], "The lake")
 
 
 # -- models -------------------------------------------------------------------------------------
 
 
-def _inspect_model(inspection: Inspection, model_id: str, shape: ModelShape | None) -> None:
-    """Read a model's card, vocabulary and weights; ``shape`` is that of the runs that name it, None if none does."""
+def _inspect_model(
+    inspection: Inspection, model_id: str, shape: ModelShape | None, *, is_awaited: bool
+) -> None:
+    """Read a model's card, vocabulary and weights.
+
+    ``shape`` is that of the runs that name it, None if none does; ``is_awaited`` tells whether one may be about to.
+    """
     folder = model_path(model_id)
     if shape is None:
-        if not inspection.store.exists(f"{folder}/model.json"):
-            inspection.notes.append(
-                f"Model {model_id} is not whole, and no run names it: layerlake gc removes it."
-            )
+        is_whole = inspection.store.exists(f"{folder}/model.json")
+        what = "is named by no run" if is_whole else "is not whole, and named by no run"
+        if not is_awaited:
+            inspection.notes.append(f"Model {model_id} {what}: layerlake gc removes it.")
+        if not is_whole:
             return
-        inspection.notes.append(f"No run names model {model_id}: layerlake gc removes it.")
 
-    def read_card(content: bytes) -> ModelShape:
+    def read_card(content: bytes) -> tuple[ModelShape, dict[str, str]]:
         card = read_sealed_json(content)
         require("model_id", model_id, card["model_id"])
         found = ModelShape.from_json(card["shape"])
         require("shape", shape or found, found)
-        return found
+        return found, dict(card["crc32"])
 
-    found = inspection.examine(f"{folder}/model.json", read_card)
-    inspection.examine(f"{folder}/vocab.parquet", _verify_vocab)
+    card = inspection.examine(f"{folder}/model.json", read_card)
+    found, crc32 = card or (None, None)
+
+    def verify_object(content: bytes, name: str, verify: Callable[[bytes], None]) -> None:
+        if crc32 is not None:
+            require("CRC-32", crc32.get(name), f"{zlib.crc32(content):08x}")
+        verify(content)
+
+    vocab = "vocab.parquet"
+    inspection.examine(f"{folder}/{vocab}", partial(verify_object, name=vocab, verify=_verify_vocab))
     inspection.examine(
         f"{folder}/weights.zarr/zarr.json", lambda c: verify_group_metadata(read_sealed_json(c))
     )
     shape = shape or found
     for name, spec in weight_specs(shape).items() if shape else ():
-        array = f"{folder}/weights.zarr/{name}"
-        chunks = inspection.examine(f"{array}/zarr.json", partial(_read_weight_chunks, shape=spec.shape))
+        array = f"weights.zarr/{name}"
+        read_chunks = partial(_read_weight_chunks, shape=spec.shape)
+        chunks = inspection.examine(f"{folder}/{array}/zarr.json", read_chunks)
         if chunks is not None:
             chunk_shape, places = chunks
+            verify = partial(verify_weight_chunk, chunk_shape=chunk_shape)
+            keys = ["/".join([array, "c", *map(str, place)]) for place in places]
             inspection.examine_all(
-                (
-                    "/".join([array, "c", *map(str, place)]),
-                    partial(verify_weight_chunk, chunk_shape=chunk_shape),
-                )
-                for place in places
+                (f"{folder}/{key}", partial(verify_object, name=key, verify=verify)) for key in keys
             )
 
 
@@ -196,8 +204,10 @@ def _verify_vocab(content: bytes) -> None:
 # -- findings -----------------------------------------------------------------------------------
 
 
-def _inspect_findings(inspection: Inspection, known: Sequence[str], chosen: Sequence[str]) -> int:
-    """Read the findings of the chosen runs, and return how many tables they have."""
+def _inspect_findings(
+    inspection: Inspection, known: Sequence[str], inspected: Mapping[str, Inspected]
+) -> int:
+    """Read the findings of the inspected runs, and return how many tables they have."""
     store = inspection.store
     present = {name for name, _ in store.walk("findings")}
     n_tables, n_of_none, read = 0, 0, set()
@@ -212,10 +222,12 @@ def _inspect_findings(inspection: Inspection, known: Sequence[str], chosen: Sequ
             described = inspection.examine(
                 path, partial(_read_finding, view=view, digest=digest), is_optional=True
             )
-            if described is None or described["run"] not in (*chosen, *_unknown(described["run"], known)):
+            if described is None or (described["run"] in known and described["run"] not in inspected):
                 continue
             n_tables += 1
             n_of_none += described["run"] not in known
+            with inspection.of(path):
+                _require_held(inspection, described, inspected)
             _inspect_siblings(inspection, present, digest, described["views"])
     if orphans := present - read:
         inspection.notes.append(
@@ -228,8 +240,27 @@ def _inspect_findings(inspection: Inspection, known: Sequence[str], chosen: Sequ
     return n_tables
 
 
-def _unknown(run_id: str, known: Sequence[str]) -> tuple[str, ...]:
-    return () if run_id in known else (run_id,)
+def _require_held(
+    inspection: Inspection, described: Mapping[str, Any], inspected: Mapping[str, Inspected]
+) -> None:
+    """Raise Deviation if a finding was drawn from partitions that its run does not hold."""
+    run_id = described["run"]
+    newest = inspected[run_id].newest if run_id in inspected else None
+    if newest is None or not inspected[run_id].is_log_whole:  # what the run holds is not known
+        return
+    claimed = {
+        site: set(extent["partitions"])
+        for site, extent in described["extents"].items()
+        if "partitions" in extent
+    }
+    if any(claimed[site] - set(newest.sites.get(site, ())) for site in claimed):
+        try:  # it may have grown since it was inspected
+            newest = read_manifest(inspection.store, run_id) or newest
+        except CorruptRun:
+            return
+    for site, partitions in claimed.items():
+        lacking = sorted(partitions - set(newest.sites.get(site, ())))
+        require(f"partitions of {site} that it was drawn from, and the run does not hold", [], lacking)
 
 
 def _inspect_siblings(inspection: Inspection, present: set[str], digest: str, views: Sequence[str]) -> None:

@@ -1,47 +1,74 @@
-"""A remote store as Zarr reads it: each read is done again where it fails for a moment."""
+"""Arrays as Zarr reads them from a store: failed reads are done again, and what is damaged is not taken for values."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
-from typing import Self
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self
 
+import zarr
 from zarr.abc.store import ByteRequest
+from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import FsspecStore, WrapperStore
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.storage import StorePath, WrapperStore
 
+from .errors import CorruptRun, LayerLakeError, decoding
 from .retries import retried_async
 
-__all__ = ["ZarrReads"]
+if TYPE_CHECKING:
+    from .stores import Store
+
+__all__ = ["StoredArray", "ZarrReads", "open_array"]
+
+_HINT = "See what is damaged: layerlake verify LAKE"
 
 
-class ZarrReads(WrapperStore[FsspecStore]):
-    """A read-only Zarr store over a folder of a remote store; it pickles, so that Dask's workers can read too.
+class ZarrReads(WrapperStore[ZarrStore]):
+    """A read-only Zarr store over a folder of a store; it pickles, so that Dask's workers can read too.
 
-    Zarr takes an object that is absent for a chunk of zeros; one that could not be read is a StoreError.
+    Zarr takes an object that is absent, or empty, for a chunk of zeros. One that must be there is a CorruptRun, and
+    one that could not be read a StoreError.
 
     Parameters
     ----------
-    store : FsspecStore
+    store : zarr.abc.store.Store
         The folder.
     url : str
         Its URL, for messages.
+    is_named : callable, optional
+        Tells of a key whether something in the lake names it, so that it must be there.
     """
 
-    def __init__(self, store: FsspecStore, url: str) -> None:
+    def __init__(self, store: ZarrStore, url: str, is_named: Callable[[str], bool] | None = None) -> None:
         super().__init__(store)
         self._url = url
+        self._is_named = is_named
 
-    def _with_store(self, store: FsspecStore) -> Self:
-        return type(self)(store, self._url)
+    def __str__(self) -> str:
+        return self._url
+
+    def _with_store(self, store: ZarrStore) -> Self:
+        return type(self)(store, self._url, self._is_named)
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """Return an object's bytes, or a range of them; None if it is absent."""
-        return await retried_async(
+        """Return an object's bytes, or a range of them; None if it is absent.
+
+        Raises
+        ------
+        CorruptRun
+            It must be there, and is absent or too short.
+        """
+        content = await retried_async(
             "read", f"{self._url}/{key}", lambda: self._store.get(key, prototype, byte_range)
         )
+        if not content and self._is_named is not None and self._is_named(key):
+            what = "is missing" if content is None else "is shorter than it was written"
+            raise CorruptRun(f"{self._url}/{key} {what}.", hint=_HINT)
+        return content
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -78,3 +105,68 @@ class ZarrReads(WrapperStore[FsspecStore]):
 
         for name in await retried_async("listed", self._url, names):
             yield name
+
+
+class StoredArray(zarr.Array[ArrayV3Metadata]):
+    """A Zarr array that says CorruptRun where what it reads is not what was written."""
+
+    def get_basic_selection(self, *args: Any, **options: Any) -> Any:  # noqa: D102
+        with self._decoding():
+            return super().get_basic_selection(*args, **options)
+
+    def get_orthogonal_selection(self, *args: Any, **options: Any) -> Any:  # noqa: D102
+        with self._decoding():
+            return super().get_orthogonal_selection(*args, **options)
+
+    def get_mask_selection(self, *args: Any, **options: Any) -> Any:  # noqa: D102
+        with self._decoding():
+            return super().get_mask_selection(*args, **options)
+
+    def get_coordinate_selection(self, *args: Any, **options: Any) -> Any:  # noqa: D102
+        with self._decoding():
+            return super().get_coordinate_selection(*args, **options)
+
+    def get_block_selection(self, *args: Any, **options: Any) -> Any:  # noqa: D102
+        with self._decoding():
+            return super().get_block_selection(*args, **options)
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        try:
+            yield
+        except LayerLakeError:
+            raise
+        except (
+            ValueError,
+            RuntimeError,
+        ) as error:  # from CRC-32C and Blosc; a wrong selection is an IndexError
+            where = f"{self.store}/{self.path}"
+            raise CorruptRun(f"An object of {where} is not what was written: {error}", hint=_HINT) from error
+
+
+def open_array(store: Store, folder: str, name: str, is_named: Callable[[str], bool]) -> StoredArray:
+    """Open an array of a Zarr group. Reads its ``zarr.json``.
+
+    Parameters
+    ----------
+    store : Store
+        The lake.
+    folder : str
+        The group.
+    name : str
+        The array's name in it.
+    is_named : callable
+        Tells of a name in the group whether that object must be there.
+
+    Raises
+    ------
+    CorruptRun
+        There is no such array, or its metadata are not what was written.
+    """
+    path = f"{folder}/{name}/zarr.json"
+    try:
+        metadata = store.read_json(path)
+    except FileNotFoundError as error:
+        raise CorruptRun(f"{store.url}/{path} is missing.", hint=_HINT) from error
+    with decoding(f"{store.url}/{path}"):
+        return StoredArray.from_dict(StorePath(store.zarr_store(folder, is_named), name), metadata)

@@ -188,10 +188,6 @@ class SiteScan:
 
     # -- the values -------------------------------------------------------------------------------
 
-    @cached_property
-    def _arrays(self) -> dict[str, Any]:
-        return {site: self.run.array(site) for site in self.relation.sites}
-
     def _values(
         self, partition: Partition, place: tuple[int, ...], rows: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
@@ -209,11 +205,11 @@ class SiteScan:
             head = place[1] if self.is_pairs else None
             touched = tuple(np.unique(chunks).tolist())
             self.log.reads.append(Read(self.run.run_id, site, index[0], head, partition.index, touched))
-        array = self._arrays[site]
+        array: Any = self.run.array(site)
         values = np.empty((len(rows), *array.shape[len(index) + 1 :]), dtype=np.float32)
         for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(chunks) > 1) + 1):
             first, stop = int(rows[part[0]]), int(rows[part[-1]]) + 1
-            stored = decode(np.asarray(array[(*index, slice(first, stop))]), self.run.manifest.dtype)
+            stored = decode(np.asarray(array[*index, first:stop]), self.run.manifest.dtype)
             values[part[0] : part[-1] + 1] = (
                 stored if len(part) == stop - first else stored[rows[part] - first]
             )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import duckdb
 
-from ..catalog.errors import QueryError
+from ..catalog.errors import CorruptRun, QueryError, StoreError
 from ..catalog.lake import Lake
 from ..catalog.sites import SITES
 from .relations import RUN_RELATIONS
@@ -19,6 +19,11 @@ __all__ = ["translated"]
 
 _MISSING = re.compile(r'Table with name "?(?:.*\.)?([^".]+)"? does not exist')
 _TRACEBACK = re.compile(r"\s*Detail: Python exception: Traceback.*", re.DOTALL)
+_READING = {
+    re.compile(rf"^{kind.__module__}.{kind.__name__}: (.*)$", re.MULTILINE): kind
+    for kind in (CorruptRun, StoreError)
+}
+"""What a scan raises when the lake is at fault, and not the query; of it, DuckDB keeps the traceback's text."""
 
 
 @contextmanager
@@ -26,6 +31,8 @@ def translated(
     connection: duckdb.DuckDBPyConnection | None = None, lake: Lake | None = None
 ) -> Iterator[None]:
     """Raise DuckDB's errors as QueryError: its message, and a hint at what the lake has.
+
+    Where the lake could not be read, that is what is raised: CorruptRun or StoreError.
 
     Parameters
     ----------
@@ -37,6 +44,10 @@ def translated(
     try:
         yield
     except duckdb.Error as error:
+        for pattern, kind in _READING.items():
+            if raised := pattern.search(str(error)):
+                mend = f"See what is damaged: layerlake verify {lake.url if lake else 'LAKE'}"
+                raise kind(raised[1].strip(), hint=mend if kind is CorruptRun else "") from error
         message, hint = _TRACEBACK.sub("", str(error)), ""
         if isinstance(error, duckdb.PermissionException):
             hint = "SQL sees the lake and nothing else; files are out of reach."

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..catalog.findings import StoredTable, newest_findings
 from ..catalog.lake import Lake
@@ -15,6 +14,7 @@ from ..catalog.layout import attn_band_nbytes, itemsize
 from ..catalog.run import Run
 from ..catalog.shapes import ModelShape
 from ..catalog.sites import SITES
+from ..catalog.tables import read_parts
 from .dataset import LazyDataset, table_scan
 
 __all__ = ["ANALYSIS_OF_VIEW", "main_relations"]
@@ -184,16 +184,11 @@ def _finding_row(table: StoredTable) -> dict[str, object]:
 
 def _view(lake: Lake, stored: Sequence[StoredTable]) -> LazyDataset:
     """Return the tables of one view as one; a column that an older finding lacks is NULL there."""
-    schemas = []
-    for table in stored:
-        with lake.store.open(table.path) as file:
-            schemas.append(pq.read_schema(file).remove_metadata())
-    whole = pa.unify_schemas(schemas, promote_options="permissive")
+    whole = pa.unify_schemas([table.schema for table in stored], promote_options="permissive")
 
     def tables() -> Iterator[pa.Table]:
         for table in stored:
-            with lake.store.open(table.path) as file:
-                found = pq.read_table(file).replace_schema_metadata(None)
+            found = read_parts(lake.store, [table.path]).replace_schema_metadata(None)
             yield pa.concat_tables([whole.empty_table(), found], promote_options="permissive")
 
     return LazyDataset(whole, table_scan(tables))

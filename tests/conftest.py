@@ -12,9 +12,10 @@ import pyarrow as pa
 import pytest
 
 from layerlake.capture.frozen import FrozenPlan, PartitionWork, digest_json
+from layerlake.capture.ledgers import write_ledger
 from layerlake.capture.model_store import write_model
 from layerlake.capture.partition import PartitionBuffer, PlacedDocument
-from layerlake.capture.phases import finalise_capture, init_capture, write_ledger
+from layerlake.capture.phases import finalise_capture, init_capture
 from layerlake.capture.placement import EncodedDocument, Prompt, place_documents
 from layerlake.capture.writer import write_partition
 from layerlake.catalog.bands import band_sums

@@ -12,7 +12,8 @@ import pytest
 from layerlake.capture import execute, phases, pipeline, worker
 from layerlake.capture.execute import capture_run, execute_plan
 from layerlake.capture.frozen import FrozenPlan
-from layerlake.capture.phases import begin_attempt, read_open_capture, release_committed
+from layerlake.capture.ledgers import begin_attempt
+from layerlake.capture.phases import read_open_capture, release_committed
 from layerlake.capture.plan import plan_capture
 from layerlake.capture.spec import CaptureSpec
 from layerlake.catalog.errors import CaptureInProgress, LakeNotFound

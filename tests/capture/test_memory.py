@@ -10,20 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerlake.capture.known_models import KNOWN_MODELS
-from layerlake.capture.memory import MemoryPlan, PeakMemory, plan_memory, values_nbytes
+from layerlake.capture.memory import MemoryPlan, PeakMemory, plan_memory, row_nbytes, values_nbytes
+from layerlake.capture.placement import batch_documents
 from layerlake.catalog.errors import PlanError
-from layerlake.catalog.layout import plan_geometry
+from layerlake.catalog.layout import n_pairs, plan_geometry
+from layerlake.catalog.manifest import Partition
 from layerlake.catalog.sites import SITES
 
 GPT2 = KNOWN_MODELS["gpt2"]
 GEOMETRY = plan_geometry(GPT2, context=512, dtype="float16", max_memory=4 << 30)
 EVERYTHING = tuple(SITES)
+FULL = (Partition(0, 8192, 8192 * 513 // 2, 16),)
+"""One partition full of windows."""
 
 
 def share_out(**options: Any) -> MemoryPlan:
     asked: dict[str, Any] = {
         "sites": EVERYTHING, "dtype": "float16", "compute_dtype": "float32", "batch_tokens": 4096,
-        "max_memory": "4GiB", "n_tokens": 100_000, "on_host": True, "is_local": True,
+        "max_memory": "4GiB", "n_tokens": 100_000, "n_documents": 200, "on_host": True, "is_local": True,
+        "partitions": FULL,
     }  # fmt: skip
     return plan_memory(GPT2, GEOMETRY, **asked | options)
 
@@ -81,6 +86,31 @@ def test_what_would_suffice_is_said_and_does() -> None:
     enough = caught.value.hint.split("--max-memory ")[1].split(" or")[0]
     plan = share_out(max_memory=enough)
     assert (plan.write_threads, plan.batch_tokens) == (1, 512)
+
+
+def test_many_short_documents_take_more_of_what_is_by_document() -> None:
+    """A partition of 2000 documents of four tokens: their band sums are a hundred times those of 16 windows."""
+    short = (Partition(0, 8000, 2000 * n_pairs(4), 2000),)
+    plan = share_out(partitions=short, sites=("attn_band",))
+    taken = values_nbytes(GPT2, ["attn_band"], "float16", n_tokens=8000, pairs=20_000, n_documents=2000)
+    assert taken <= plan.partition_nbytes <= plan.budget_nbytes
+    assert plan.writing_nbytes >= 2 * taken  # the table of one partition, in the making
+
+
+@given(
+    st.lists(st.integers(1, 512), min_size=1, max_size=16),
+    st.sampled_from([512, 1000, 4096]),
+    st.sets(st.sampled_from(EVERYTHING), min_size=1),
+)
+def test_a_pinned_slot_holds_any_batch(lengths: list[int], batch_tokens: int, sites: set[str]) -> None:
+    """Documents of unequal length too, which are padded to the longest."""
+    plan = share_out(on_host=False, batch_tokens=batch_tokens, sites=tuple(sites), max_memory="64GiB")
+    for batch in batch_documents(range(len(lengths)), lengths, plan.batch_tokens):
+        held = [lengths[i] for i in batch]
+        for site in sites:
+            rows = {"token": sum(held), "pair": sum(map(n_pairs, held)), "document": len(held)}
+            assert row_nbytes(GPT2, site, "float16") * rows[SITES[site].rows] <= plan.slot_nbytes
+    assert plan.slot_nbytes.bit_count() == 1
 
 
 def test_a_remote_store_is_given_more_threads() -> None:

@@ -15,12 +15,14 @@ import torch
 import transformers
 
 from layerlake.capture.description import describe_model, slug
+from layerlake.capture.digests import digest_files
 from layerlake.capture.execute import capture_run
 from layerlake.capture.model import open_model
 from layerlake.capture.plan import plan_capture
 from layerlake.capture.spec import CaptureSpec
 from layerlake.capture.vocabulary import vocab_table
 from layerlake.catalog.errors import AdapterMismatch, ModelError, SelfCheckFailed
+from layerlake.catalog.stores import Store
 
 MakeModel = Callable[..., Any]
 Tokenizer = transformers.PreTrainedTokenizerFast
@@ -349,3 +351,38 @@ def test_a_hub_model_s_digest_is_of_its_weights_alone(
     assert digest(**{"model.safetensors": "bb"}) != plain
     with pytest.raises(ModelError, match=r"no \*\.safetensors on the hub"):
         digest(**{"pytorch_model.bin": "aa"})
+
+
+def test_code_that_may_run_is_part_of_a_model_s_identity(
+    tmp_path: Path, model_path: Callable[[str], Path]
+) -> None:
+    ids = []
+    for code in ("x = 1", "x = 2"):
+        folder = tmp_path / "model"
+        shutil.copytree(model_path("gpt2"), folder, dirs_exist_ok=True)
+        (folder / "modeling_x.py").write_text(code)
+        ids.append([describe_model(folder, trust_remote_code=trusted).model_id for trusted in (False, True)])
+    assert ids[0][0] == ids[1][0]
+    assert ids[0][1] != ids[1][1]
+
+
+def test_a_tokenizer_without_files_is_no_tokenizer(tmp_path: Path, model_path: Callable[[str], Path]) -> None:
+    """Or all such tokenizers would be one."""
+    for path in model_path("gpt2").iterdir():
+        if path.name in {"config.json", "model.safetensors"}:
+            shutil.copy(path, tmp_path)
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        describe_model(tmp_path)
+    with pytest.raises(ValueError, match="no files to digest"):
+        digest_files([])
+
+
+def test_two_models_of_one_id_are_told_apart(tmp_path: Path, model_path: Callable[[str], Path]) -> None:
+    store = Store(tmp_path)
+    described = describe_model(model_path("gpt2"), store=store)
+    card = described.card()
+    store.write_json(f"models/{described.model_id}/model.json", card)
+    assert describe_model(model_path("gpt2"), store=store).known == card
+    store.write_json(f"models/{described.model_id}/model.json", card | {"digests": {"weights": "another"}})
+    with pytest.raises(ModelError, match="Two models have the id"):
+        describe_model(model_path("gpt2"), store=store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,21 @@ def test_zarr_reads_what_was_written_block_by_block(
     assert len(names) == chunks
 
 
+def test_the_card_tells_each_object_from_the_others(
+    store: Store, weights: dict[str, Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "WEIGHT_CHUNK_NBYTES", 40)
+    write(store, weights)
+    told = store.read_json("models/m/model.json")["crc32"]
+    contents = {
+        name.removeprefix("models/m/"): store.read(name)
+        for name, _ in store.walk("models/m")
+        if not name.endswith(".json")
+    }
+    assert told == {name: f"{zlib.crc32(content):08x}" for name, content in contents.items()}
+    assert len(set(told.values())) == len(told) > 10
+
+
 def test_chunks_tile_a_weight() -> None:
     spec = WeightSpec((5, 4), (2, 3))
     seen = np.zeros(spec.shape, dtype=int)
@@ -90,7 +106,7 @@ def test_a_model_is_there_once_its_card_is(
     assert not has_model(store, "m")
     write(store, weights)
     assert has_model(store, "m")
-    assert store.read_json("models/m/model.json") == {"model": "m"}
+    assert store.read_json("models/m/model.json")["model"] == "m"
     np.testing.assert_array_equal(stored(store, "W_U"), weights["W_U"])
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerlake.capture.description import describe_model
-from layerlake.capture.execute import capture_run, execute_plan, place_tokens
+from layerlake.capture.execute import capture_run, execute_plan, numerics, place_tokens
 from layerlake.capture.hooks import listen, pad, unpad
 from layerlake.capture.model import OpenModel, open_model
 from layerlake.capture.partition import PartitionBuffer, run_batch
@@ -195,7 +195,7 @@ def test_what_is_not_a_number_is_said_to_be_none(
         OverflowInCapture, match=r"at boundary 0 has \d+ values that are not a number"
     ) as caught:
         capture_run(tmp_path / "lake", make_spec(model=model, tokenizer=tokenizer, sites="resid"))
-    assert "--compute-dtype float32" in caught.value.hint
+    assert "weights" in caught.value.hint
 
 
 def test_the_largest_half_is_not_an_overflow(
@@ -230,3 +230,32 @@ def test_a_layer_of_zeros_is_stored_like_any_other(
     for row in run.objects.to_pylist():
         path = tmp_path / "lake" / "runs" / run.run_id / row["name"]
         assert path.stat().st_size == row["nbytes"]
+
+
+def test_what_the_model_cannot_hold_is_told_from_what_the_store_cannot(
+    large: Any,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    make_spec: Callable[..., CaptureSpec],
+    tmp_path: Path,
+) -> None:
+    """Run in float16 the value is infinite before it is stored: no stored dtype would mend that."""
+    spec = make_spec(model=large, tokenizer=tokenizer, dtype="float32", compute_dtype="float16")
+    with pytest.raises(
+        OverflowInCapture, match=r"not finite, as computed in float16\. Nothing was written"
+    ) as caught:
+        capture_run(tmp_path / "lake", spec)
+    assert "--compute-dtype float32" in caught.value.hint
+    assert not (tmp_path / "lake").exists()
+
+
+def test_a_capture_leaves_the_process_s_numerics_as_they_were(
+    make_spec: Callable[..., CaptureSpec], tmp_path: Path
+) -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        with numerics(3):
+            assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (3, "highest")
+        capture_run(tmp_path / "lake", make_spec(sites="resid"))
+        assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (1, "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -14,21 +14,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from layerlake.capture import phases
+from layerlake.capture import ledgers as ledger_module
 from layerlake.capture.execute import write_share
 from layerlake.capture.frozen import FrozenPlan, PartitionWork
+from layerlake.capture.ledgers import begin_attempt, is_wanted, pending_work, withdraw_disputed, write_ledger
 from layerlake.capture.partition import PartitionBuffer, PlacedDocument
-from layerlake.capture.phases import (
-    begin_attempt,
-    finalise_capture,
-    init_capture,
-    is_wanted,
-    pending_work,
-    read_open_capture,
-    release_committed,
-    withdraw_disputed,
-    write_ledger,
-)
+from layerlake.capture.phases import finalise_capture, init_capture, read_open_capture, release_committed
 from layerlake.capture.placement import EncodedDocument, place_documents
 from layerlake.capture.share import Share
 from layerlake.capture.writer import create_arrays, object_keys, write_object
@@ -189,7 +180,7 @@ def test_whatever_the_order_one_capture_comes_out(
     deaths=deaths,
     machines=st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)),
 )
-@example(schedule=[(0, 150), (1, 150), (0, 40), (1, 40)], deaths={}, machines=(0, 1, 2))
+@example(schedule=[(2, 2)], deaths={1: 0}, machines=(0, 0, 1))  # one stands still in init, one dies there
 def test_unlike_machines_that_write_the_same_partitions_agree_in_the_end(
     schedule: list[tuple[int, int]], deaths: dict[int, int], machines: tuple[int, int, int]
 ) -> None:
@@ -314,8 +305,33 @@ def test_a_disputed_partition_is_withdrawn_and_written_again(
 def test_a_partition_that_was_tried_once_is_not_read_again(
     begun: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Store, "read", lambda *_: pytest.fail("read an object"))
+    read = Store.read
+
+    def read_notes(store: Store, name: str) -> bytes:
+        assert "/wip/" in name, "read an object"
+        return read(store, name)
+
+    monkeypatch.setattr(Store, "read", read_notes)
     assert withdraw_disputed(begun, PLAN) == []
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut short"])
+def test_what_a_machine_lost_with_its_power_is_written_again(
+    begun: Store, sequential: dict[str, bytes], harm: str
+) -> None:
+    """Its ledger says that it is there; nothing is read to find out."""
+    name = f"runs/{RUN_ID}/activations.zarr/resid/c/1/2/0"
+    begun.delete(name) if harm == "gone" else begun.write(name, b"")
+    assert withdraw_disputed(begun, PLAN) == [2]
+    assert capture(begun) is not None
+    assert objects(begun) == sequential
+
+
+def test_a_ledger_that_comes_when_the_capture_is_over_is_not_written(begun: Store) -> None:
+    """Else the next capture of the same plan would take the partition for written."""
+    begun.delete(f"runs/{RUN_ID}/wip")
+    write_ledger(begun, PLAN, 0, [])
+    assert not begun.list(f"runs/{RUN_ID}/wip")
 
 
 def test_a_ledger_that_replaced_the_disputed_one_is_kept(
@@ -325,15 +341,15 @@ def test_a_ledger_that_replaced_the_disputed_one_is_kept(
     work = PLAN.work[0]
     begin_attempt(begun, PLAN, work.index)
     write_object(begun, PLAN.manifest, fill(PLAN, work, machine=1), "resid", 0)
-    looked = phases._is_as_recorded  # noqa: SLF001
+    looked = ledger_module._is_as_recorded  # noqa: SLF001
 
     def overtaken(*_: Any) -> bool:
-        monkeypatch.setattr(phases, "_is_as_recorded", looked)
+        monkeypatch.setattr(ledger_module, "_is_as_recorded", looked)
         assert withdraw_disputed(begun, PLAN) == [work.index]
         write_partitions(begun, PLAN, [work])
         return False
 
-    monkeypatch.setattr(phases, "_is_as_recorded", overtaken)
+    monkeypatch.setattr(ledger_module, "_is_as_recorded", overtaken)
     withdraw_disputed(begun, PLAN)
     assert len(ledgers(begun)) == len(PLAN.work)
     finalise_capture(begun, PLAN)

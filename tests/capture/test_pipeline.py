@@ -174,9 +174,7 @@ def test_values_beyond_the_budget_wait_until_as_many_are_stored(
         assert (model.begun, model.handed_over) == (2, 1)
         for _ in range(len(buffers) * len(object_keys(run.manifest, run.sites))):
             store.let_go(1)
-            stored = sum(
-                sizes(buffer) for buffer in buffers if not buffer.values
-            )  # what is let go of bit by bit counts as held
+            stored = sum(sizes(buffer) for buffer in buffers if not buffer.values)
             assert model.reserved - stored <= budget + max(map(sizes, buffers))
         model.join()
     assert model.reserved == sum(map(sizes, buffers))
@@ -191,8 +189,10 @@ def test_every_byte_comes_back(run: Run, store: GatedStore, buffers: list[Partit
             pipeline.begin()
             pipeline.reserve(sizes(buffer))
             pipeline.write(buffer)
+            pipeline.begin()
             pipeline.reserve(budget)  # waits for all of it
             pipeline._budget += budget  # noqa: SLF001  # and gives it back
+            pipeline.skip()
 
 
 def test_a_partition_that_is_not_needed_makes_room(run: Run, store: GatedStore) -> None:
@@ -286,8 +286,8 @@ def test_a_partition_that_another_has_written_is_abandoned(
         pipeline.write(buffers[0])
         wanted.clear()
         store.let_go()
-        pipeline.reserve(sizes(buffers[0]))
         pipeline.begin()
+        pipeline.reserve(sizes(buffers[0]))
         pipeline.begin()
     assert len(store.written) <= 1
     assert finished == []
@@ -352,7 +352,9 @@ def test_an_interrupted_capture_goes_on(
 
 
 class ThreadedStaging(Staging):
-    """Hands values on in a thread, as on CUDA, and the values are on the CPU."""
+    """Hands values on in a thread, as on CUDA, and the values are on the CPU; not before the gate is open."""
+
+    gate = threading.Event()
 
     def __init__(self, _device: Any, *, slot_nbytes: int, n_slots: int, on_failure: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -360,10 +362,14 @@ class ThreadedStaging(Staging):
             cuda: Any = SimpleNamespace(type="cuda")
             super().__init__(cuda, slot_nbytes=slot_nbytes, n_slots=0 * n_slots, on_failure=on_failure)
 
+    def wait(self) -> None:
+        self.gate.wait(TIMEOUT_S)
+
     def put(self, value: torch.Tensor, rows: Any, lengths: Any, deliver: Any) -> None:
         assert rows == "token"
         self._raise_failure()
         copies = [each[: lengths[i]].numpy() for i, each in enumerate(value.clone())]
+        self._coming.put(self.wait)
         self._coming.put(lambda: deliver(copies, is_finite=bool(value.isfinite().all())))
 
 
@@ -378,10 +384,12 @@ def test_an_overflow_on_its_way_to_the_host_ends_a_model_that_waits_for_memory(
     reserve = Pipeline.reserve
 
     def scarce(pipeline: Pipeline, nbytes: int) -> None:
-        pipeline._budget = 0  # noqa: SLF001
-        reserve(pipeline, nbytes) if reserved else reserved.append(nbytes)
+        if pipeline._in_flight == 2:  # noqa: SLF001
+            pipeline._budget = 0  # noqa: SLF001
+            threading.Timer(A_MOMENT_S, ThreadedStaging.gate.set).start()
+        reserve(pipeline, nbytes)
 
-    reserved: list[int] = []
+    ThreadedStaging.gate.clear()
     monkeypatch.setattr(Pipeline, "reserve", scarce)
     with pytest.raises(OverflowInCapture, match="mlp_out"):
         capture_run(tmp_path, make_spec(model=model, tokenizer=tokenizer, sites="mlp_out", dtype="float16"))

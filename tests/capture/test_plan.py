@@ -180,8 +180,8 @@ def test_only_a_lake_or_an_empty_folder_is_written_to(make_spec: MakeSpec, tmp_p
     with pytest.raises(LakeNotFound, match="not empty"):
         plan_capture(make_spec(), tmp_path)
     (tmp_path / "lake").mkdir()
-    (tmp_path / "lake" / "layerlake.json").write_text('{"format_version": 2}')
-    with pytest.raises(FormatError, match="has format 2"):
+    (tmp_path / "lake" / "layerlake.json").write_text('{"format_version": 99}')
+    with pytest.raises(FormatError, match="has format 99"):
         plan_capture(make_spec(), tmp_path / "lake")
     (tmp_path / "empty").mkdir()
     plan_capture(make_spec(), tmp_path / "empty")
@@ -281,7 +281,6 @@ def test_sites_that_an_extension_leaves_behind_are_named(make_spec: MakeSpec, tm
     capture_run(tmp_path / "lake", make_spec(sites="resid,mlp_out", max_tokens=100))
     assert plan_capture(make_spec(sites="resid"), tmp_path / "lake").partial_sites == ("mlp_out",)
     assert plan_capture(make_spec(sites="resid,mlp_out"), tmp_path / "lake").partial_sites == ()
-    assert plan_capture(make_spec(sites="mlp_post", max_tokens=100), tmp_path / "lake").partial_sites == ()
 
 
 def test_an_open_capture_is_joined_without_its_text(
@@ -341,3 +340,72 @@ def test_the_same_again_imports_nothing_that_is_slow(
     shown = json.loads(done.stdout)
     assert (shown if command == "plan" else shown["actual"])["run"] == run.run_id
     assert "holds all of this already" in done.stderr or command == "plan"
+
+
+def test_what_is_written_already_needs_no_room(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a capture that fits could not be resumed on the disk that it half fills, nor finalised."""
+    lake = tmp_path / "lake"
+    whole = plan_capture(make_spec(), lake)
+    execute_plan(whole, lake, share=Share(0, 2))
+    monkeypatch.setattr(Store, "free_nbytes", lambda _: int(0.6 * whole.nbytes))
+    rest = plan_capture(make_spec(), lake)
+    assert rest.nbytes == whole.nbytes
+    monkeypatch.setattr(Store, "free_nbytes", lambda _: int(0.3 * whole.nbytes))
+    with pytest.raises(PlanError, match="The capture needs"):
+        plan_capture(make_spec(), lake)
+
+
+def test_sites_of_several_captures_are_one_answer(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for sites in ("resid", "attn_out"):
+        capture_run(tmp_path / "lake", make_spec(sites=sites))
+    monkeypatch.setattr("layerlake.capture.plan.encode_corpus", None)
+    for options in ({"sites": "resid,attn_out"}, {"sites": "attn_out", "max_tokens": 100}):
+        assert plan_capture(make_spec(**options), tmp_path / "lake").frozen is None
+
+
+def test_another_site_of_a_part_of_a_run_is_refused(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """It would be captured of the whole run, which may be a hundred times what was asked for."""
+    capture_run(tmp_path / "lake", make_spec(sites="resid"))
+    with pytest.raises(PlanError, match=r"has \d+ tokens, more than --max-tokens 100") as caught:
+        plan_capture(make_spec(sites="pattern", max_tokens=100), tmp_path / "lake")
+    assert "--max-tokens" in caught.value.hint
+
+
+def test_many_short_documents_are_captured_within_the_memory_that_is_planned(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"a dog {i}"}) + "\n" for i in range(400)))
+    spec = make_spec(dataset=text, sites="attn_band", partition_tokens=4096, max_memory="40MiB")
+    plan = plan_capture(spec, tmp_path / "lake")
+    (partition,) = plan.manifest.partitions
+    assert partition.n_documents == 400
+    assert plan.memory is not None
+    assert plan.memory.partition_nbytes == 400 * 3 * 4 * 2 * 18 * 4
+    run = execute_plan(plan, tmp_path / "lake").run
+    assert run is not None
+    assert run.attn_band.num_rows == 400 * 3 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"revision": "main"}, "Only a model of the hub has a revision"),
+        ({"dataset_config": "x"}, "is a file and has no dataset-config 'x'"),
+        ({"dataset_revision": "x"}, "is a file and has no dataset-revision 'x'"),
+        ({"seed": -1, "shuffle_buffer": 8}, "--seed must not be negative"),
+        ({"device": "meta"}, "'meta' is not a device to capture on"),
+        ({"device": "mps"}, "'mps' is not a device to capture on"),
+        ({"partition_tokens": 1 << 20 | 2}, "cannot be cut into equal chunks"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_options_without_effect_are_refused(
+    make_spec: MakeSpec, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan_capture(make_spec(**options))

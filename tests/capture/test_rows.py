@@ -163,7 +163,8 @@ def test_the_fingerprint_follows_the_content_and_every_option(tmp_path: Path) ->
 
     assert fingerprint("a.txt") == fingerprint("b.txt") != fingerprint("c.txt")
     assert fingerprint("a.txt") != fingerprint("a.txt", sample_by="line")
-    assert fingerprint("a.jsonl") == fingerprint("a.jsonl", sample_by="line")  # of no consequence there
+    with pytest.raises(CorpusError, match="cannot be split by line"):
+        fingerprint("a.jsonl", sample_by="line")
     orders = [{}, {"shuffle_buffer": 5}, {"shuffle_buffer": 6}, {"shuffle_buffer": 5, "seed": 1}]
     assert len({json.dumps(fingerprint("a.txt", **order), sort_keys=True) for order in orders}) == 4
     # a buffer of one row changes nothing, and neither does a seed without a shuffle

@@ -12,13 +12,13 @@ import torch
 import transformers
 from transformer_lens.hook_points import HookPoint
 
-from layerlake.capture import description, hooks, model, selfcheck
+from layerlake.capture import hooks, model, model_shape, selfcheck
 from layerlake.capture.description import describe_model
 from layerlake.capture.execute import capture_run
 from layerlake.capture.model import OpenModel, open_model
 from layerlake.capture.selfcheck import check_model
 from layerlake.capture.spec import CaptureSpec
-from layerlake.catalog.errors import AdapterMismatch, SelfCheckFailed
+from layerlake.catalog.errors import AdapterMismatch, OverflowInCapture, SelfCheckFailed
 from layerlake.catalog.shapes import ModelShape
 
 ADDS = "resid_post = resid_pre"
@@ -149,8 +149,12 @@ def test_values_that_are_not_numbers_fail_the_check(
     broken = make_model("gpt2")
     with torch.no_grad():
         broken.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.nan
-    with pytest.raises(SelfCheckFailed, match="nan"):
+    with pytest.raises(
+        OverflowInCapture, match=r"Site \w+ at layer 1 has \d+ values .* not finite"
+    ) as caught:
         capture_run(tmp_path / "lake", make_spec(model=broken, tokenizer=tokenizer))
+    assert "weights" in caught.value.hint
+    assert not (tmp_path / "lake").exists()
 
 
 def test_a_hook_that_transformer_lens_does_not_have_is_named(opened: OpenModel) -> None:
@@ -191,7 +195,7 @@ def _hook_point(opened: OpenModel, name: str) -> Any:
 def test_a_config_that_contradicts_the_weights_is_refused(
     make_spec: Callable[..., CaptureSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(description, "_PARALLEL_FAMILIES", {"gpt2"})
+    monkeypatch.setattr(model_shape, "_PARALLEL_FAMILIES", {"gpt2"})
     with pytest.raises(AdapterMismatch, match="block is sequential, not parallel"):
         capture_run(tmp_path / "lake", make_spec())
 

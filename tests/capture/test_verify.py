@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layerlake.capture import phases, worker
+from layerlake.capture import ledgers, worker
 from layerlake.capture.execute import capture_run
 from layerlake.capture.spec import CaptureSpec
 from layerlake.catalog.collection import collect_lake
@@ -102,7 +102,7 @@ def test_a_removed_run_can_be_captured_again(lake: Path, make_spec: MakeSpec) ->
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, n_ledgers: int, then: Callable[[], object]) -> None:
     """Do something once a capture has written so many ledgers."""
-    write_ledger = phases.write_ledger
+    write_ledger = ledgers.write_ledger
     written = 0
 
     def counted(*given: object, **options: object) -> None:

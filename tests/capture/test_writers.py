@@ -23,10 +23,12 @@ from layerlake.capture.execute import capture_run, execute_plan, finalise_plan
 from layerlake.capture.plan import plan_capture
 from layerlake.capture.share import Share
 from layerlake.capture.spec import CaptureSpec
-from layerlake.catalog.errors import CaptureUnfinished
-from layerlake.catalog.lake import Lake
+from layerlake.catalog.errors import CaptureInProgress, CaptureUnfinished
+from layerlake.catalog.lake import Lake, create_lake
+from layerlake.catalog.reservation import reserve_run
 from layerlake.catalog.run import Run
 from layerlake.catalog.sites import SITES
+from layerlake.catalog.stores import Store
 from layerlake.cli import cli
 
 MakeSpec = Callable[..., CaptureSpec]
@@ -238,3 +240,42 @@ def test_a_reader_of_the_old_snapshot_is_not_disturbed_by_an_extension(
             getattr(new, site).to_numpy().take(range(value.shape[axis]), axis), value
         )
     assert old.documents.num_rows < new.documents.num_rows
+
+
+def test_writers_that_start_at_once_on_unlike_machines_write_one_capture(
+    make_spec: Callable[..., CaptureSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They plan for other threads: whoever comes second takes the first one's plan."""
+    plans = []
+    for n_threads in (1, 2):
+        monkeypatch.setattr("layerlake.capture.plan._intra_op_threads", lambda n=n_threads: n)
+        plans.append(plan_capture(make_spec(sites="resid"), tmp_path / "lake"))
+    assert len({plan.frozen.capture_id for plan in plans if plan.frozen}) == 2
+    outcomes = [execute_plan(plan, tmp_path / "lake", share=Share(i, 2)) for i, plan in enumerate(plans)]
+    assert outcomes[0].run is None
+    assert outcomes[1].run is not None
+    (entry,) = outcomes[1].run.manifest.captures
+    assert plans[0].frozen is not None
+    assert entry["capture_id"] == plans[0].frozen.capture_id
+
+
+def test_a_capture_that_died_as_it_began_is_no_obstacle(
+    make_spec: Callable[..., CaptureSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its reservation and its plan, on a machine with other cores; for another request it still is one."""
+    monkeypatch.setattr("layerlake.capture.phases.PATIENCE_S", 0.0)
+    lake = tmp_path / "lake"
+    plan = plan_capture(make_spec(sites="resid"), lake)
+    create_lake(lake)
+    assert plan.frozen is not None
+    reserve_run(Store(lake), plan.run_id, "0123456789abcdef", request=plan.frozen.request)
+    with pytest.raises(CaptureInProgress, match="0123456789abcdef"):
+        execute_plan(plan_capture(make_spec(sites="attn_out"), lake), lake)
+    assert execute_plan(plan, lake).run is not None
+
+
+def test_nothing_can_be_finalised_where_nothing_is_open(
+    make_spec: Callable[..., CaptureSpec], tmp_path: Path
+) -> None:
+    with pytest.raises(CaptureUnfinished, match=r"No capture of run .* is open"):
+        finalise_plan(plan_capture(make_spec(sites="resid"), tmp_path / "lake"), tmp_path / "lake")

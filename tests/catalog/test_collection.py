@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.catalog.wreckage import (
@@ -19,11 +20,23 @@ from tests.catalog.wreckage import (
 )
 
 from layerlake.catalog.collection import Collection, collect_lake
+from layerlake.catalog.errors import StoreError
+from layerlake.catalog.files import delete_files
+from layerlake.catalog.lake import Lake
 from layerlake.catalog.layout import log_path, model_path, part_path, run_path, wip_path
 from layerlake.catalog.removal import remove_run
-from layerlake.catalog.reservation import COLLECTING, reserve_run, reserved_by, take_over_run
+from layerlake.catalog.reservation import (
+    COLLECTING,
+    REMOVING,
+    new_remover,
+    remover,
+    reservation_path,
+    reserve_run,
+    reserved_by,
+    take_over_run,
+)
 from layerlake.catalog.run import Run
-from layerlake.catalog.stores import Store
+from layerlake.catalog.stores import Store, Stored
 from layerlake.catalog.verify import verify_lake
 
 MakeRun = Callable[..., Run]
@@ -97,14 +110,16 @@ def test_a_capture_that_goes_on_is_given_its_run_back(run: Run, monkeypatch: pyt
     added = begin_capture(run)
     age(run.store, added)
 
-    def take_over(store: Store, run_id: str, holder: str) -> None:
+    reservation = run.store.read(reservation_path(run.run_id))
+
+    def take_over(store: Store, run_id: str, holder: str, **options: Any) -> bool:
         monkeypatch.undo()
         store.write_json(f"{wip_path(run_id, 'abc')}/attempts/00000009-1.json", {})
-        take_over_run(store, run_id, holder)
+        return take_over_run(store, run_id, holder, **options)
 
     monkeypatch.setattr("layerlake.catalog.collection.take_over_run", take_over)
     assert collect_lake(run.store, older_than_s=DAY_S).waste == ()
-    assert reserved_by(run.store, run.run_id) == "abc"
+    assert run.store.read(reservation_path(run.run_id)) == reservation
     assert added <= names(run.store)
 
 
@@ -143,13 +158,94 @@ def test_objects_that_no_snapshot_names_go_and_those_of_older_ones_stay(any_run:
     assert reserved_by(store, any_run.run_id) is None
 
 
+@pytest.mark.parametrize("holder", [COLLECTING, REMOVING, "committed"])
+def test_who_had_only_to_clear_up_is_taken_for_interrupted_after_ten_minutes(run: Run, holder: str) -> None:
+    store, run_id = run.store, run.run_id
+    (entry,) = run.manifest.captures
+    take_over_run(store, run_id, entry["capture_id"] if holder == "committed" else new_remover(holder))
+    assert collect(store).waste == ()
+    assert reserved_by(store, run_id) is not None
+    age(store, [reservation_path(run_id)], 601)
+    kinds = [waste.kind for waste in collect_lake(store, older_than_s=DAY_S).waste]
+    assert kinds == (["interrupted removal"] if holder == REMOVING else [])
+    assert reserved_by(store, run_id) is None
+
+
 @pytest.mark.parametrize("holder", [COLLECTING, "committed"])
-def test_a_run_that_nobody_holds_any_more_is_let_go(run: Run, holder: str) -> None:
-    take_over_run(
-        run.store, run.run_id, run.manifest.captures[0]["capture_id"] if holder == "committed" else holder
-    )
-    collect(run.store)
-    assert reserved_by(run.store, run.run_id) is None
+def test_what_another_writes_in_between_is_left_alone(
+    run: Run, holder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder lets go, and a capture begins, at the worst moment that there is."""
+    store, run_id = run.store, run.run_id
+    (entry,) = run.manifest.captures
+    take_over_run(store, run_id, entry["capture_id"] if holder == "committed" else new_remover(holder))
+    age(store, [reservation_path(run_id)])
+    added: set[str] = set()
+
+    def write_json(self: Store, name: str, value: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        store.delete(reservation_path(run_id))
+        added.update(begin_capture(run, "def"))
+        self.write_json(name, value, **options)
+
+    monkeypatch.setattr(Store, "write_json", write_json)
+    assert collect_lake(store, older_than_s=DAY_S).waste == ()
+    assert added - {reservation_path(run_id)} <= names(store)
+
+
+def test_of_two_collections_the_first_stops_and_does_not_release(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, run_id = run.store, run.run_id
+    added = begin_capture(run)
+    age(store, added)
+    monkeypatch.setattr("layerlake.catalog.stores._BULK", 1)
+    deleted = []
+
+    def second_comes(paths: Iterable[Path], *, below: Path) -> None:
+        delete_files(paths, below=below)
+        deleted.append(paths)
+        if len(deleted) == 3:
+            take_over_run(store, run_id, "gc-of-another")
+
+    monkeypatch.setattr("layerlake.catalog.stores.delete_files", second_comes)
+    done = collect_lake(store, older_than_s=DAY_S)
+    assert [len(waste.objects) for waste in done.waste] == [3]  # no more than what went
+    assert len(added & names(store)) == len(added) - 3
+    assert "taken over" in done.notes[0]
+    assert reserved_by(store, run_id) == "gc-of-another"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, StoreError])
+def test_a_collection_that_fails_gives_the_run_back_unless_something_is_gone(
+    run: Run, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, run_id = run.store, run.run_id
+    added = begin_capture(run)
+    age(store, added)
+    reservation = store.read(reservation_path(run_id))
+    n_scans = 0
+    scan = Store.scan
+
+    def fail_once_it_is_taken(self: Store, name: str = "") -> Iterator[Stored]:
+        nonlocal n_scans
+        n_scans += name == run_path(run_id)
+        if n_scans == 2:
+            raise error("no")
+        return scan(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "scan", fail_once_it_is_taken)
+        with pytest.raises(error):
+            collect_lake(store, older_than_s=DAY_S)
+    assert store.read(reservation_path(run_id)) == reservation
+    assert added <= names(store)
+    age(store, [reservation_path(run_id)])
+    with monkeypatch.context() as patch:
+        crash_after(patch, 2)
+        with pytest.raises(Crash):
+            collect_lake(store, older_than_s=DAY_S)
+    assert remover(reserved_by(store, run_id)) == COLLECTING
 
 
 def test_a_damaged_run_is_left_alone(run: Run) -> None:
@@ -188,8 +284,91 @@ def test_the_model_of_an_open_capture_stays(run: Run, make_run: MakeRun) -> None
     assert "is not known" in " ".join(collect(store).notes)
     plan = {"manifest": other.manifest.to_json() | {"number": 0}, "work": []}
     store.write_json(f"{wip_path('new-01234567', capture_id)}/plan.json", plan)
-    assert collect(store).waste == ()
+    done = collect(store)
+    assert done.waste == ()
+    assert "is not known" not in " ".join(done.notes)
     assert store.exists(f"{model_path(other.manifest.model_id)}/model.json")
+
+
+def begin_elsewhere(store: Store, other: Run) -> None:
+    """Reserve the run and freeze its plan, which names its model."""
+    reserve_run(store, other.run_id, "abc")
+    plan = {"manifest": other.manifest.to_json() | {"number": 0}, "work": []}
+    store.write_json(f"{wip_path(other.run_id, 'abc')}/plan.json", plan)
+
+
+@pytest.mark.parametrize("moment", ["before the card goes", "after", "after it was looked for"])
+def test_a_model_stays_whole_for_a_capture_that_begins_meanwhile(
+    run: Run, make_run: MakeRun, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = run.store, make_run(name="other")
+    folder = f"{model_path(other.manifest.model_id)}/"
+    remove_run(store, other.run_id)
+    models = {name: store.read(name) for name in names(store) if name.startswith(folder)}
+    age(store, [name for name in names(store) if name.startswith("models/")])
+    delete_all, scan = Store.delete_all, Store.scan
+
+    def delete(self: Store, given: Iterable[str], **options: Any) -> int:
+        chosen = list(given)
+        is_card = chosen == [f"{folder}model.json"]
+        if is_card and moment == "before the card goes":
+            begin_elsewhere(store, other)
+        n_gone = delete_all(self, chosen, **options)
+        if is_card and moment == "after":
+            begin_elsewhere(store, other)
+        if is_card and moment == "after it was looked for":  # and all is written anew
+            monkeypatch.setattr(Store, "scan", write_anew)
+        return n_gone
+
+    def write_anew(self: Store, name: str = "") -> Iterator[Stored]:
+        if name == folder.rstrip("/"):
+            begin_elsewhere(store, other)
+            for path, content in models.items():
+                store.write(path, content)
+        return scan(self, name)
+
+    monkeypatch.setattr(Store, "delete_all", delete)
+    collect_lake(store, older_than_s=DAY_S)
+    assert {name: store.read(name) for name in names(store) if name.startswith(folder)} == models
+
+
+@pytest.mark.parametrize("newer", [2, 1])
+def test_a_half_written_finding_supersedes_nothing(
+    run: Run, newer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = run.store
+    old = add_finding(run, n_tokens=7)
+
+    def die(self: Store, name: str, content: bytes, write: Callable[..., None] = Store.write) -> None:
+        if name.startswith("findings/lens/"):
+            raise Crash
+        write(self, name, content)
+
+    before = names(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", die)
+        with pytest.raises(Crash):
+            add_finding(run, version=newer)
+    half = names(store) - before
+    assert len(half) == 1
+    assert {table.path for table in Lake(store.url).findings()} == old
+    assert collect(store).waste == ()
+    age(store, half)
+    (waste,) = collect(store).waste
+    assert (waste.kind, {stored.name for stored in waste.objects}) == ("unfinished findings", half)
+    assert old <= names(store)
+
+
+def test_a_superseded_finding_loses_its_main_table_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be damaged, if that were all that went."""
+    old, new = add_finding(run), add_finding(run, version=2)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 1)
+        with pytest.raises(Crash):
+            collect_lake(run.store, older_than_s=DAY_S)
+    assert len(old & names(run.store)) == 1
+    verify_lake(run.store)
+    assert {table.path for table in Lake(run.store.url).findings()} == new
 
 
 def test_superseded_findings_go(run: Run, make_run: MakeRun) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from layerlake.catalog.errors import CorruptRun
 from layerlake.catalog.findings import (
     Finding,
     FindingKey,
+    describe_finding,
     list_findings,
     merge_findings,
     newest_findings,
     read_finding,
+    scan_findings,
     write_finding,
 )
 from layerlake.catalog.stores import Store
@@ -81,6 +86,8 @@ def test_a_finding_without_its_main_table_is_absent(store: Store, monkeypatch: p
         write_finding(store, finding())
     assert len(written) == 1
     assert read_finding(store, KEY, ["lens", "lens_tokens"]) is None
+    assert list_findings(store) == list_findings(store, "lens_tokens") == []
+    assert [table.view for table in scan_findings(store).unfinished] == ["lens_tokens"]
 
 
 def test_stored_tables_are_listed_with_their_keys(store: Store) -> None:
@@ -95,10 +102,54 @@ def test_stored_tables_are_listed_with_their_keys(store: Store) -> None:
     assert [table.view for table in list_findings(store, "lens_tokens")] == ["lens_tokens"]
 
 
-def test_a_stray_parquet_is_named(store: Store) -> None:
-    store.write("findings/lens/0123/part-00000.parquet", to_parquet(pa.table({"a": [1]})))
-    with pytest.raises(CorruptRun, match="findings/lens/0123"):
-        list_findings(store)
+FOOTERS = [
+    b"neither",
+    to_parquet(pa.table({"a": [1]})),
+    *(
+        to_parquet(pa.table({"a": [1]}, metadata={"layerlake": text}))
+        for text in ("{", "[]", "3", '{"created": 1}', '{"created": 1, "views": 3}', b"\xff")
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", FOOTERS)
+def test_what_is_no_finding_is_named_and_hides_no_other(store: Store, content: bytes) -> None:
+    write_finding(store, finding())
+    path = "findings/lens/0123/part-00000.parquet"
+    store.write(path, content)
+    with pytest.raises(CorruptRun, match="findings/lens/0123") as caught:
+        describe_finding(store, "lens", "0123")
+    assert path in caught.value.hint
+    found = scan_findings(store)
+    assert found.unreadable == (path,)
+    assert len(found.whole) == len(list_findings(store)) == 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_whatever_has_changed_in_a_finding_is_a_damage(data: st.DataObject) -> None:
+    store = Store("memory://damaged-findings")
+    write_finding(store, finding())
+    path = list_findings(store, "lens")[0].path
+    content = store.read(path)
+    place = data.draw(st.integers(0, len(content) - 1))
+    bits = data.draw(st.integers(1, 255))
+    store.write(path, content[:place] + bytes([content[place] ^ bits]) + content[place + 1 :])
+    found = scan_findings(store, "lens")
+    assert len(found.whole) + len(found.unreadable) + len(found.unfinished) == 1
+    with suppress(CorruptRun):
+        read_finding(store, KEY, ["lens"])
+
+
+def test_a_finding_that_goes_as_it_is_read_is_absent(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_finding(store, finding())
+
+    def gone(_: Store, name: str) -> object:
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr(Store, "open", gone)
+    assert list_findings(store) == []
+    assert read_finding(store, KEY, ["lens"]) is None
 
 
 def test_only_the_newest_extent_and_version_are_shown(store: Store) -> None:

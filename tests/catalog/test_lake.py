@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from layerlake.catalog.errors import AmbiguousRun, FormatError, LakeNotFound, RunNotFound
+from layerlake.catalog.errors import AmbiguousRun, CorruptRun, FormatError, LakeNotFound, RunNotFound
 from layerlake.catalog.lake import Lake, create_lake
+from layerlake.catalog.layout import log_path
 from layerlake.catalog.run import Run
 
 
@@ -19,7 +20,7 @@ def test_a_new_lake_is_empty(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "lake")
     assert (lake.run_ids, lake.runs(), lake.models(), lake.findings()) == ([], [], [], [])
     marker = json.loads((tmp_path / "lake" / "layerlake.json").read_text())
-    assert marker | {"checksum": ""} == {"checksum": "", "format": "layerlake", "format_version": 1}
+    assert marker | {"checksum": ""} == {"checksum": "", "format": "layerlake", "format_version": 2}
     with pytest.raises(RunNotFound, match="has no runs") as caught:
         lake.run()
     assert "layerlake capture" in caught.value.hint
@@ -51,15 +52,25 @@ def test_what_does_not_exist_is_said_so(tmp_path: Path) -> None:
         Lake("memory://nowhere")
 
 
-@pytest.mark.parametrize("marker", ['{"format_version": 2}', '{"format": "layerlake"}', "[]", "3"])
+@pytest.mark.parametrize(
+    ("marker", "mend"),
+    [
+        ('{"format_version": 3}', "Upgrade"),
+        ('{"format_version": "2"}', "Upgrade"),
+        ('{"format_version": 1}', "capture it again"),
+        ('{"format": "layerlake"}', "Upgrade"),
+        ("[]", "Upgrade"),
+        ("3", "Upgrade"),
+    ],
+)
 @pytest.mark.parametrize("open_or_create", [Lake, create_lake])
-def test_a_newer_format_is_refused_with_the_mend(
-    tmp_path: Path, marker: str, open_or_create: Callable[[Path], Any]
+def test_another_format_is_refused_with_the_mend(
+    tmp_path: Path, marker: str, mend: str, open_or_create: Callable[[Path], Any]
 ) -> None:
     (tmp_path / "layerlake.json").write_text(marker)
-    with pytest.raises(FormatError, match="reads up to 1") as caught:
+    with pytest.raises(FormatError, match="reads format 2") as caught:
         open_or_create(tmp_path)
-    assert "Upgrade" in caught.value.hint
+    assert mend in caught.value.hint
     assert (tmp_path / "layerlake.json").read_text() == marker
 
 
@@ -71,7 +82,7 @@ def test_runs_are_found_by_unique_prefixes(make_run: Callable[..., Run], tmp_pat
     assert lake.run("ll").run_id.startswith("llama-")
     assert lake.run(two.run_id).run_id == two.run_id
     assert [run.run_id for run in lake.runs(["lla", "gpt2-x"])] == [lake.run("l").run_id, two.run_id]
-    for prefix in ("gpt2", "", None):
+    for prefix in ("gpt2", None):
         with pytest.raises(AmbiguousRun) as caught:
             lake.run(prefix)
         assert one.run_id in str(caught.value)
@@ -80,6 +91,27 @@ def test_runs_are_found_by_unique_prefixes(make_run: Callable[..., Run], tmp_pat
     with pytest.raises(RunNotFound, match="Did you mean 'llama-") as unknown:
         lake.run(lake.run("llama").run_id.replace("llama", "lama"))
     assert one.run_id in unknown.value.hint
+
+
+def test_an_empty_name_is_no_choice(tiny_lake: Lake) -> None:
+    """A script whose variable is not set must not get the one run that there is."""
+    with pytest.raises(RunNotFound, match="empty") as caught:
+        tiny_lake.run("")
+    assert tiny_lake.run().run_id in caught.value.hint
+    with pytest.raises(RunNotFound, match="empty"):
+        tiny_lake.runs([""])
+
+
+def test_a_damaged_run_takes_no_other_with_it(make_run: Callable[..., Run]) -> None:
+    whole, damaged = make_run(), make_run(name="other")
+    damaged.store.write(log_path(damaged.run_id, 1), b"[]")
+    lake = Lake(whole.store.url)
+    opened = lake.readable_runs()
+    assert isinstance(opened[whole.run_id], Run)
+    assert isinstance(opened[damaged.run_id], CorruptRun)
+    assert list(lake.readable_runs(["tiny"])) == [whole.run_id]
+    with pytest.raises(CorruptRun, match=damaged.run_id):
+        lake.runs()
 
 
 def test_an_id_that_is_a_prefix_of_another_is_not_ambiguous(

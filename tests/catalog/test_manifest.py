@@ -12,8 +12,8 @@ from threading import Barrier
 import pytest
 
 from layerlake.catalog.errors import CorruptRun, FormatError
-from layerlake.catalog.layout import FORMAT_VERSION
-from layerlake.catalog.manifest import Manifest, commit_manifest, read_manifest
+from layerlake.catalog.layout import FORMAT_VERSION, log_path
+from layerlake.catalog.manifest import Manifest, commit_manifest, read_log, read_manifest
 from layerlake.catalog.run import Run
 from layerlake.catalog.shapes import ModelShape
 from layerlake.catalog.stores import Store
@@ -76,12 +76,49 @@ def test_of_many_that_commit_at_once_one_wins(run: Run, tmp_path: Path, url: str
     store.delete("")
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, None, "1"])
-def test_a_newer_format_is_refused(run: Run, version: object) -> None:
+@pytest.mark.parametrize(
+    ("version", "mend"),
+    [
+        (FORMAT_VERSION + 1, "Upgrade"),
+        (None, "Upgrade"),
+        ("1", "Upgrade"),
+        (FORMAT_VERSION - 1, "capture it again"),
+    ],
+)
+def test_another_format_is_refused(run: Run, version: object, mend: str) -> None:
     value = run.manifest.to_json() | {"format_version": version}
     with pytest.raises(FormatError, match=str(version)) as caught:
         Manifest.from_json(value)
-    assert "Upgrade" in caught.value.hint
+    assert mend in caught.value.hint
+
+
+@pytest.mark.parametrize("value", [[], 3, None, "manifest"])
+def test_what_is_no_manifest_is_a_damage(run: Run, value: object) -> None:
+    run.store.write(log_path(run.run_id, 1), json.dumps(value).encode())
+    with pytest.raises(CorruptRun, match=r"log/00000001\.json"):
+        read_manifest(run.store, run.run_id)
+    with pytest.raises(CorruptRun, match=r"log/00000001\.json"):
+        read_log(run.store, run.run_id)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"shape": {}},
+        {"shape": 3},
+        {"geometry": []},
+        {"geometry": {"context": 3}},
+        {"partitions": 3},
+        {"partitions": [{"index": 0}]},
+        {"sites": []},
+        {"sites": {"resid": 3}},
+        {"parts": None},
+        {"captures": ["abc"]},
+    ],
+)
+def test_a_field_of_another_kind_is_a_damage(run: Run, fields: dict[str, object]) -> None:
+    with pytest.raises(CorruptRun, match="manifest"):
+        Manifest.from_json(run.manifest.to_json() | fields)
 
 
 def test_a_missing_field_is_named(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -286,6 +287,116 @@ def test_an_older_snapshot_still_reads(run: Run, values: dict[str, Array]) -> No
     reader = Run(run.store, older)
     assert others
     np.testing.assert_array_equal(reader.pattern.to_numpy(), values["pattern"][:, :, : first.n_pairs])
+
+
+# -- a damaged lake ---------------------------------------------------------------------------------
+
+DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
+    "gone": lambda _: None,
+    "empty": lambda _: b"",
+    "cut": lambda content: content[:-1],
+    "changed": lambda content: bytes([content[0] ^ 1]) + content[1:],
+}
+
+
+def damage(run: Run, name: str, how: str) -> None:
+    """Change an object of a run or of its model, once it has been read whole."""
+    content = DAMAGE[how](run.store.read(name))
+    run.store.write(name, content) if content is not None else run.store.delete(name)
+
+
+@pytest.mark.parametrize("url", [None, "memory://test-damage/lake"])
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("resid/c/2/1/0", lambda run: run.read("resid", 2, run.manifest.partitions[1])),
+        ("resid/c/2/1/0", lambda run: run.array("resid")[2, 16:17]),
+        ("resid/c/2/1/0", lambda run: run.array("resid").oindex[2, [0, 16]]),
+        ("resid/c/2/1/0", lambda run: run.array("resid").vindex[[2], [16], [0]]),
+        ("resid/c/2/1/0", lambda run: run.resid.compute()),
+        ("attn_out/c/0/0/0", lambda run: run.resid_mid.compute()),
+        ("pattern/c/1/0/0", lambda run: run.attention(0, 1)),
+        ("mlp_post/zarr.json", lambda run: run.mlp_post),
+    ],
+)
+def test_damaged_values_are_never_given_for_what_was_captured(
+    make_run: Callable[..., Run], url: str | None, how: str, name: str, read: Callable[[Run], object]
+) -> None:
+    run = make_run(url, shape=SHAPE, lengths=LENGTHS)
+    read(run)
+    damage(run, f"runs/{run.run_id}/activations.zarr/{name}", how)
+    again = Lake(run.store.url).run()
+    with pytest.raises(CorruptRun, match=name if how == "gone" else name.partition("/")[0]) as caught:
+        read(again)
+    assert "layerlake verify" in caught.value.hint
+    run.store.delete("")
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", ["W_out/c/1/0/0", "W_out/zarr.json"])
+def test_damaged_weights_are_never_given_for_the_model_s(
+    make_run: Callable[..., Run], how: str, name: str
+) -> None:
+    run = make_run(shape=SHAPE)
+    damage(run, f"models/{run.manifest.model_id}/weights.zarr/{name}", how)
+    with pytest.raises(CorruptRun, match=name if how == "gone" else "W_out"):
+        run.weight("W_out")
+    if not name.endswith(".json"):
+        assert np.asarray(run.weight_array("W_out")[0]).any()
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_bands_are_never_given(run: Run, how: str) -> None:
+    name = f"runs/{run.run_id}/attn_band/part-00000001.parquet"
+    damage(run, name, how)
+    with pytest.raises(CorruptRun, match=name):
+        run.attn_band  # noqa: B018
+
+
+def test_what_no_snapshot_names_may_be_missing(run: Run) -> None:
+    """An open capture has made the array longer, and has not come far."""
+    first, second, *_ = run.manifest.partitions
+    part = Run(run.store, replace(run.manifest, sites={"resid": (0,), "pattern": (0,)}))
+    for name in ("resid/c/1/1/0", "pattern/c/1/0/1"):
+        run.store.delete(f"runs/{run.run_id}/activations.zarr/{name}")
+    assert part.read("resid", 1, first).any()
+    assert not part.read("resid", 1, second).any()
+    assert not part.read("pattern", 1, second).any()
+    with pytest.raises(CorruptRun, match="resid/c/1/1/0 is missing"):
+        run.read("resid", 1, second)
+
+
+def test_a_wrong_selection_is_no_damage(run: Run) -> None:
+    with pytest.raises(IndexError):
+        run.array("resid")[99]
+
+
+# -- how it is read ---------------------------------------------------------------------------------
+
+
+def test_an_array_is_opened_once(make_run: Callable[..., Run], counting: type[Any]) -> None:
+    make_run("counting://lake")
+    run = Lake("counting://lake").run()
+    counting.calls.clear()
+    for partition in run.manifest.partitions:
+        run.read("resid", 1, partition)
+    assert counting.calls == {"cat_file": 1 + len(run.manifest.partitions)}  # zarr.json, and each shard
+
+
+@pytest.mark.parametrize("url", [None, "memory://test-pickle/lake"])
+def test_arrays_and_runs_travel_to_other_processes(make_run: Callable[..., Run], url: str | None) -> None:
+    run = make_run(url)
+    for name in ("resid", "pattern"):
+        array = pickle.loads(pickle.dumps(run.array(name)))  # noqa: S301
+        np.testing.assert_array_equal(array[...], run.array(name)[...])
+    assert run.weight("W_out").any()
+    again = pickle.loads(pickle.dumps(run))  # noqa: S301
+    np.testing.assert_array_equal(again.weight("W_out"), run.weight("W_out"))
+    run.store.delete(f"runs/{run.run_id}/activations.zarr/resid/c/1/0/0")
+    with pytest.raises(CorruptRun, match="resid/c/1/0/0 is missing"):
+        again.read("resid", 1, run.manifest.partitions[0])
+    run.store.delete("")
 
 
 def test_a_run_says_what_it_holds(run: Run) -> None:

@@ -26,9 +26,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry as known_protocols
 from moto.s3.responses import S3Response
 from s3fs.errors import translate_boto_error
+from tests.conftest import build_run
 
 from layerlake.catalog.errors import CorruptRun, LakeNotFound, MissingExtra, StoreError
+from layerlake.catalog.findings import Finding, FindingKey, write_finding
+from layerlake.catalog.lake import Lake, create_lake
 from layerlake.catalog.retries import ATTEMPTS
+from layerlake.catalog.run import Run
 from layerlake.catalog.stores import Store
 
 
@@ -183,6 +187,37 @@ def test_delete_all_takes_what_is_there(store: Store) -> None:
     store.delete_all([])
 
 
+def test_delete_all_stops_when_it_is_told_to(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerlake.catalog.stores._BULK", 4)
+    names = [f"a/{i:02d}" for i in range(11)]
+    for name in names:
+        store.write(name, b"")
+    answers = iter([True, True, False])
+    assert store.delete_all(names, go_on=lambda: next(answers, False)) == 8
+    assert [name for name, _ in store.walk()] == names[8:]
+    assert store.delete_all([*names, names[0]]) == 11
+    assert list(store.walk()) == []
+
+
+@pytest.mark.parametrize("is_mine", [True, False], ids=["still mine", "somebody else's by now"])
+def test_what_a_bulk_deletion_has_left_is_deleted_again(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, *, is_mine: bool
+) -> None:
+    store = Store(f"{s3_url}/lake")
+    for name in ("a/1", "a/2", "b/3"):
+        store.write(name, b"")
+    delete, n_deletions = store._fs.rm, 0  # noqa: SLF001
+
+    def forgetful(paths: list[str]) -> Any:
+        nonlocal n_deletions
+        n_deletions += 1
+        return delete(paths[1:] if n_deletions == 1 else paths)
+
+    monkeypatch.setattr(store._fs, "rm", forgetful)  # noqa: SLF001
+    assert store.delete_all(["a/1", "a/2", "b/3"], go_on=lambda: is_mine or n_deletions == 0) == 2 + is_mine
+    assert [name for name, _ in store.walk()] == [] if is_mine else ["a/1"]
+
+
 def test_scan_says_when_an_object_was_written(store: Store) -> None:
     before = time.time()
     store.write("a/b", b"xyz")
@@ -278,6 +313,79 @@ def test_a_protocol_without_its_package(
 def test_a_protocol_without_meaning() -> None:
     with pytest.raises(LakeNotFound, match="nonsense"):
         Store("nonsense://lake")
+
+
+@pytest.mark.parametrize("url", ["", "s3://", "s3:///lake", "gs://", "memory://", "memory:///", "file://"])
+def test_a_url_without_a_place(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable in a script; none of them is the root folder, or a folder named s3:."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LakeNotFound, match="names no place"):
+        Store(url)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["/", "file:///"])
+def test_the_root_folder(url: str) -> None:
+    assert Store(url).local_path == Path("/")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a//x", "a/./x", "a/..", "x/"])
+def test_no_name_leads_out_of_a_store(store: Store, name: str) -> None:
+    """Names are made of what manifests and reservations say."""
+    store.write("x", b"kept")
+    inner = Store(f"{store.url}/a")
+    inner.write("b", b"kept")
+    for act in (
+        inner.read,
+        inner.open,
+        inner.read_json,
+        inner.exists,
+        inner.list,
+        inner.delete,
+        inner.zarr_store,
+        lambda name: inner.delete_all([name]),
+        lambda name: inner.write(name, b""),
+        lambda name: inner.create(name, b""),
+        lambda name: list(inner.walk(name)),
+        lambda name: list(inner.scan(name)),
+    ):
+        with pytest.raises(CorruptRun, match="no name of an object"):
+            act(name)
+    assert [found for found, _ in store.walk()] == ["a/b", "x"]
+
+
+def test_a_damaged_zarr_node_is_corrupt(store: Store) -> None:
+    store.write_json("zarr.json", {"node_type": "array", "shape": [4], "attributes": {}})
+    assert store.read_json("zarr.json") == {"node_type": "array", "shape": [4], "attributes": {}}
+    store.write("zarr.json", store.read("zarr.json").replace(b"4", b"5", 1))
+    with pytest.raises(CorruptRun, match="checksum does not fit"):
+        store.read_json("zarr.json")
+
+
+@pytest.mark.parametrize("is_link", [True, False], ids=["dangling link", "file"])
+@pytest.mark.parametrize("below", ["", "/lake"])
+def test_a_lake_inside_what_is_no_folder(tmp_path: Path, below: str, *, is_link: bool) -> None:
+    place = tmp_path / "place"
+    place.symlink_to(tmp_path / "nothing") if is_link else place.write_bytes(b"mine")
+    store = Store(f"{place}{below}")
+    for act in (
+        store.check_creatable,
+        lambda: store.write("a/b", b""),
+        lambda: store.create("layerlake.json", b""),
+    ):
+        with pytest.raises(StoreError, match=f"'{place}' is a {'link to nothing' if is_link else 'file'}"):
+            act()
+    with pytest.raises((StoreError, LakeNotFound), match=str(place)):
+        create_lake(store.url)
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Store(tmp_path / "new" / "lake").check_creatable()
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    with pytest.raises(StoreError, match=f"no access to '{tmp_path}'"):
+        Store(tmp_path / "new" / "lake").check_creatable()
 
 
 # -- failures ---------------------------------------------------------------------------------------
@@ -580,3 +688,42 @@ def test_each_operation_asks_once(counting: type[Any]) -> None:
     store.list("")
     list(store.walk())
     assert counting.calls == {"pipe_file": 2, "cat_file": 1, "info": 1, "ls": 1, "find": 1}
+
+
+def test_deleting_many_lists_once(counting: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerlake.catalog.stores._BULK", 10)
+    store = Store("counting://lake")
+    names = [f"a/{i}" for i in range(100)]
+    for name in names:
+        store.write(name, b"")
+    counting.calls.clear()
+    store.delete_all(names, go_on=lambda: True)
+    assert counting.calls == {"rm_file": 100, "find": 1}
+
+
+def test_an_object_whose_length_is_known_is_not_looked_up(counting: type[Any]) -> None:
+    store = Store("counting://lake")
+    store.write("a", b"0123456789")
+    counting.calls.clear()
+    with store.open("a", nbytes=10) as file:
+        assert (file.read(), counting.calls) == (b"0123456789", {"cat_file": 1})
+    with store.open("b", nbytes=10) as file, pytest.raises(FileNotFoundError):
+        file.read()
+
+
+def test_what_a_lake_holds_is_asked_once_each(counting: type[Any]) -> None:
+    lake, n = Lake(create_lake("counting://lake").url), 7
+    for i in range(n):
+        run = build_run("counting://lake", name=f"run{i}", lengths=(3,), sites=("resid",))
+        write_finding(run.store, finding(run))
+    counting.calls.clear()
+    assert len(lake.runs()) == n
+    assert counting.calls == {"ls": 1 + 2 * n, "cat_file": n}
+    counting.calls.clear()
+    assert len(lake.findings()) == n
+    assert counting.calls == {"find": 1, "cat_file": n}
+
+
+def finding(run: Run) -> Finding:
+    key = FindingKey("norms", 1, run.run_id, {}, {"resid": run.extent("resid")})
+    return Finding("norms", {"norms": pa.table({"run": [run.run_id]})}, (key,))

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from layerlake.catalog.bands import band_counts
+from layerlake.catalog.errors import CorruptRun
 from layerlake.catalog.stores import Store
 from layerlake.catalog.tables import (
     ATTN_BAND,
@@ -40,6 +41,18 @@ def test_parts_are_read_in_the_order_given(tmp_path: Path) -> None:
     store.write("b", to_parquet(_tokens(2)))
     assert read_parts(store, ["b", "a"])["row"].to_pylist() == [2, 0, 1]
     assert read_parts(store, ["a", "b"], TOKENS).schema == TOKENS
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not Parquet", 10, 60, -20])
+def test_a_part_that_is_gone_or_damaged_is_named(tmp_path: Path, content: bytes | int | None) -> None:
+    store, whole = Store(tmp_path), to_parquet(_tokens(0, 1))
+    if isinstance(content, int):
+        store.write("a/part", whole[:content] + bytes([whole[content] ^ 255]) + whole[content:][1:])
+    elif content is not None:
+        store.write("a/part", content)
+    with pytest.raises(CorruptRun, match="a/part") as caught:
+        read_parts(store, ["a/part"])
+    assert "layerlake verify" in caught.value.hint
 
 
 @pytest.mark.parametrize("schema", [DOCUMENTS, TOKENS, VOCAB, OBJECTS, ATTN_BAND])

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from tests.catalog.wreckage import add_finding
 from tests.conftest import build_run
 
-from layerlake.catalog.errors import DamagedLake, FormatError, LakeNotFound, RunNotFound
+from layerlake.catalog.errors import DamagedLake, FormatError, LakeNotFound, RunNotFound, StoreError
+from layerlake.catalog.findings import Finding, FindingKey, write_finding
 from layerlake.catalog.lake import create_lake
-from layerlake.catalog.layout import log_path, part_path, run_path
+from layerlake.catalog.layout import log_path, model_path, part_path, run_path
 from layerlake.catalog.reservation import COLLECTING, REMOVING, reserve_run
 from layerlake.catalog.run import Run
+from layerlake.catalog.run_inspection import Inspected, inspect_run
 from layerlake.catalog.seal import seal_json
 from layerlake.catalog.stores import Store
 from layerlake.catalog.tables import OBJECTS, to_parquet
@@ -120,6 +122,28 @@ def test_shards_that_have_changed_places_are_both_named(everything: Store, spoil
     everything.write(one, spoilt[two])
     everything.write(two, spoilt[one])
     assert problems(everything) == {one, two}
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ("weights.zarr/W_out/c/0/0/0", "weights.zarr/W_out/c/1/0/0"),
+        ("weights.zarr/ln_final.w/c/0", "weights.zarr/ln_final.b/c/0"),
+    ],
+)
+def test_weights_that_have_changed_places_are_both_named(run: Run, one: str, two: str) -> None:
+    one, two = (f"{model_path(run.manifest.model_id)}/{name}" for name in (one, two))
+    first, second = run.store.read(one), run.store.read(two)
+    run.store.write(one, second)
+    run.store.write(two, first)
+    assert problems(run.store) == {one, two}
+
+
+def test_another_model_s_vocabulary_is_named(run: Run, make_run: MakeRun) -> None:
+    other = make_run(name="other", vocab=[f"other{i}" for i in range(24)])
+    paths = [f"{model_path(each.manifest.model_id)}/vocab.parquet" for each in (run, other)]
+    run.store.write(paths[0], run.store.read(paths[1]))
+    assert problems(run.store) == {paths[0]}
 
 
 # -- sealed, and yet wrong: what a faulty writer would leave -------------------------------------
@@ -346,6 +370,34 @@ def test_an_open_capture_and_what_it_has_written_are_no_damage(run: Run) -> None
     assert problems(run.store) == {log_path(run.run_id, 1)}
 
 
+def test_what_an_open_capture_says_is_written_is_read(run: Run) -> None:
+    store, work = run.store, f"{run_path(run.run_id)}/wip"
+    names = [f"activations.zarr/resid/c/{layer}/7/0" for layer in range(2)]
+    objects = [{"name": name, "nbytes": 3, "crc32": f"{zlib.crc32(b'abc'):08x}"} for name in names]
+    reserve_run(store, run.run_id, "abc")
+    store.write_json(f"{work}/abc/plan.json", {"manifest": run.manifest.to_json(), "work": [7]})
+    store.write_json(f"{work}/abc/attempts/00000007-0.json", {})
+    store.write_json(f"{work}/abc/ledgers/00000007.json", {"objects": objects})
+    paths = [f"{run_path(run.run_id)}/{name}" for name in names]
+    for path in paths:
+        store.write(path, b"abc")
+    assert problems(store) == set()
+    store.write(paths[0], b"abd")
+    store.delete(paths[1])
+    assert problems(store) == set(paths)
+    # another writer is at it: the capture will hold both against the ledger
+    store.write_json(f"{work}/abc/attempts/00000007-1.json", {})
+    assert problems(store) == set()
+
+
+def test_a_ledger_that_names_what_is_not_in_the_lake_is_damage(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "outside").write_bytes(b"abc")
+    record = {"name": "../../../outside", "nbytes": 3, "crc32": f"{zlib.crc32(b'abc'):08x}"}
+    reserve_run(run.store, run.run_id, "abc")
+    run.store.write_json(f"{run_path(run.run_id)}/wip/abc/ledgers/00000007.json", {"objects": [record]})
+    assert problems(run.store) == {f"{run_path(run.run_id)}/../../../outside"}
+
+
 @pytest.mark.parametrize("holder", [REMOVING, COLLECTING])
 def test_a_removal_at_work_is_no_damage(run: Run, holder: str) -> None:
     reserve_run(run.store, run.run_id, holder)
@@ -364,6 +416,72 @@ def test_what_nothing_names_is_noted_and_not_damage(run: Run) -> None:
     assert len(notes) == 3
     for word in ("no snapshot names", "unused", "notes.txt"):
         assert any(word in note for note in notes)
+
+
+@pytest.mark.parametrize("gone", ["resid/c/1/0/0", "vocab.parquet", "log/00000001.json"])
+def test_an_object_that_cannot_be_read_is_named_and_the_others_are_read(
+    run: Run, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Store.read
+    damaged = f"{run_path(run.run_id)}/activations.zarr/resid/c/0/0/0"
+    run.store.write(damaged, b"something else")
+
+    def fail(self: Store, name: str) -> bytes:
+        if name.endswith(gone):
+            raise StoreError(f"{name} could not be read: Input/output error")
+        return read(self, name)
+
+    monkeypatch.setattr(Store, "read", fail)
+    with pytest.raises(DamagedLake, match=r"Input/output error|instead of") as caught:
+        verify_lake(run.store)
+    found = {problem.object.endswith(gone): problem for problem in caught.value.verification.problems}
+    assert "Input/output error" in found[True].found
+    assert gone == "log/00000001.json" or found[False].object == damaged
+
+
+def test_a_finding_of_partitions_that_the_run_does_not_hold_is_damaged(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = run.extent("resid")
+    extent = held | {"partitions": [*held["partitions"], 9]}
+    key = FindingKey("lens", 1, run.run_id, {}, {"resid": extent})
+    write_finding(run.store, Finding("lens", {"lens": pa.table({"run": [run.run_id]})}, (key,)))
+    with pytest.raises(DamagedLake, match=r"findings/lens/.*resid.*\[9\] instead of \[\]"):
+        verify_lake(run.store)
+    # it grows as it is inspected
+    following = run.manifest.to_json() | {"number": 2}
+    following["partitions"] = [
+        *following["partitions"],
+        {"index": 9, "n_rows": 0, "n_pairs": 0, "n_documents": 0},
+    ]
+    following["sites"] = {site: [*held, 9] for site, held in following["sites"].items()}
+
+    def grow(*given: Any) -> Inspected:
+        inspected = inspect_run(*given)
+        run.store.write(log_path(run.run_id, 2), seal_json(following))
+        return inspected
+
+    monkeypatch.setattr("layerlake.catalog.verify.inspect_run", grow)
+    assert problems(run.store) == set()
+
+
+def test_the_model_of_a_first_capture_is_not_said_to_be_waste(run: Run) -> None:
+    store, model_id = run.store, run.manifest.model_id
+    for name, _ in list(store.walk(run_path(run.run_id))):
+        store.delete(name)
+    assert verify_lake(store).notes == (f"Model {model_id} is named by no run: layerlake gc removes it.",)
+    reserve_run(store, run.run_id, "abc")
+    assert len(verify_lake(store).notes) == 1  # nobody knows yet which model it is
+    plan = f"{run_path(run.run_id)}/wip/abc/plan.json"
+    manifest = run.manifest.to_json() | {"number": 0}
+    store.write_json(plan, {"manifest": manifest, "work": [1]})
+    for whole in (True, False):
+        (note,) = verify_lake(store).notes
+        assert "is open (abc)" in note
+        if whole:
+            store.delete(f"models/{model_id}/model.json")
+    store.write_json(plan, {"manifest": manifest | {"model_id": "another"}, "work": [1]})
+    assert any(model_id in note and "not whole" in note for note in verify_lake(store).notes)
 
 
 def test_a_finding_whose_main_table_is_not_written_is_noted(run: Run) -> None:
@@ -385,7 +503,7 @@ def test_there_must_be_something_to_verify(tmp_path: Path, run: Run) -> None:
         verify_lake(Store(tmp_path / "nowhere"))
     with pytest.raises(RunNotFound, match="Did you mean"):
         verify_lake(run.store, [run.run_id + "0"])
-    run.store.write("layerlake.json", seal_json({"format_version": 2}))
+    run.store.write("layerlake.json", seal_json({"format_version": 3}))
     with pytest.raises(FormatError):
         verify_lake(run.store)
     empty = create_lake("memory://empty-lake")

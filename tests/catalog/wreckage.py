@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -68,13 +69,15 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, n_objects: int) -> None:
     deleted = 0
     delete_all = Store.delete_all
 
-    def one_by_one(self: Store, given: Iterable[str]) -> None:
+    def one_by_one(self: Store, given: Iterable[str], **options: Any) -> int:
         nonlocal deleted
+        n_gone = 0
         for name in given:
             if deleted == n_objects:
                 raise Crash
-            delete_all(self, [name])
+            n_gone += delete_all(self, [name], **options)
             deleted += 1
+        return n_gone
 
     monkeypatch.setattr(Store, "delete_all", one_by_one)
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+from tests.catalog.wreckage import add_finding
 
-from layerlake.catalog.layout import run_path
+from layerlake.catalog.layout import part_path, run_path
 from layerlake.catalog.reservation import reserve_run
 from layerlake.catalog.run import Run
 from layerlake.cli import main
@@ -87,6 +88,49 @@ def test_rm_asks_and_says_what_goes(layerlake: Callable[..., Result], run: Run) 
     assert "removed" in done.err
     assert json.loads(layerlake("ls", url, "--json").out) == []
     assert layerlake("rm", url, "tiny", "--yes").code == 2
+
+
+def test_rm_of_an_empty_name_removes_nothing(layerlake: Callable[..., Result], run: Run) -> None:
+    result = layerlake("rm", run.store.url, "", "--yes")
+    assert result.code == 2
+    assert "empty" in result.err
+    assert layerlake("verify", run.store.url).code == 0
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b'{"format_version": 1}'])
+def test_a_damaged_run_is_listed_with_its_error_among_the_others(
+    layerlake: Callable[..., Result], run: Run, make_run: Callable[..., Run], content: bytes
+) -> None:
+    other = make_run(name="other")
+    path = f"{run_path(other.run_id)}/log/00000001.json"
+    other.store.write(path, content)
+    for command in ("ls", "info"):
+        result = layerlake(command, run.store.url)
+        assert (result.code, run.run_id in result.out) == (1, True)
+        assert other.run_id in result.err
+        rows = {row["run"]: row for row in json.loads(layerlake(command, run.store.url, "--json").out)}
+        assert rows[run.run_id]["tokens"] == 36
+        assert set(rows[other.run_id]) == {"run", "error"}
+    assert layerlake("info", run.store.url, "--run", "tiny").code == 0
+    assert other.run_id in layerlake("gc", run.store.url).err
+    assert layerlake("rm", run.store.url, other.run_id, "--yes").code == 0
+    assert layerlake("ls", run.store.url).code == 0
+
+
+def test_info_says_which_table_of_a_run_is_damaged(layerlake: Callable[..., Result], run: Run) -> None:
+    path = part_path(run.run_id, "objects", run.manifest.parts["objects"][0])
+    run.store.delete(path)
+    result = layerlake("info", run.store.url)
+    assert (result.code, path in result.err) == (1, True)
+
+
+def test_sql_reads_all_findings_but_the_damaged_one(layerlake: Callable[..., Result], run: Run) -> None:
+    _, damaged = sorted(add_finding(run))
+    assert "lens_tokens" in damaged
+    run.store.write(damaged, run.store.read(damaged)[:-9] + b"\0PAR1PAR1")
+    result = layerlake("sql", run.store.url, "SELECT view FROM findings", "--format", "csv")
+    assert (result.code, result.out.split()) == (0, ["view", "lens"])
+    assert layerlake("verify", run.store.url).code == 1
 
 
 def test_rm_refuses_a_run_with_an_open_capture(layerlake: Callable[..., Result], run: Run) -> None:

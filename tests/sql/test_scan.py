@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from layerlake.catalog.errors import QueryError
+from layerlake.catalog.errors import CorruptRun, QueryError
 from layerlake.catalog.lake import Lake
 from layerlake.catalog.manifest import commit_manifest
 from layerlake.catalog.run import Run
 from layerlake.sql import ReadLog, query
+from layerlake.sql.translation import translated
 
 Array = npt.NDArray[Any]
 MakeRun = Callable[..., Run]
@@ -210,3 +211,33 @@ def test_limit_stops_the_reading(make_run: MakeRun) -> None:
     log = ReadLog()
     assert len(query(opened(make_run()), "SELECT vec FROM resid LIMIT 2", log=log).fetchall()) == 2
     assert len(log.reads) == 1
+
+
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "changed"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("activations.zarr/attn_out/c/1/0/0", "FROM attn_out SELECT vec"),
+        ("activations.zarr/attn_out/c/1/0/0", "FROM resid_mid SELECT vec"),
+        ("activations.zarr/pattern/c/1/0/0", "FROM pattern SELECT count(*) WHERE value > 0.5"),
+        ("attn_band/part-00000000.parquet", "FROM attn_band"),
+    ],
+)
+def test_damaged_values_are_the_lake_s_fault_and_not_the_query_s(
+    make_run: MakeRun, name: str, text: str, is_gone: bool
+) -> None:
+    run = make_run()
+    path = f"runs/{run.run_id}/{name}"
+    content = run.store.read(path)
+    if is_gone:
+        run.store.delete(path)
+    else:
+        run.store.write(path, content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    lake = opened(run)
+    with (
+        pytest.raises(CorruptRun, match=name if is_gone else "not what was written") as caught,
+        translated(lake=lake),
+    ):
+        query(lake, text).fetchall()
+    assert "\n" not in str(caught.value)
+    assert lake.url in caught.value.hint

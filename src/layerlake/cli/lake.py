@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
 from .. import console
 from ..catalog.collection import collect_lake, plan_collection
-from ..catalog.errors import DamagedLake
+from ..catalog.errors import CorruptRun, DamagedLake, LayerLakeError
 from ..catalog.lake import match_run
 from ..catalog.layout import object_name
 from ..catalog.removal import Removal, plan_removal, remove_run
@@ -28,14 +29,21 @@ __all__ = ["describe_run", "gc", "info", "ls", "rm", "run_row", "verify"]
 @lake_argument
 @json_option
 def ls(lake: str, as_json: bool) -> None:
-    """List the runs of a lake."""
-    rows = [run_row(run) for run in open_lake(lake).runs()]
+    """List the runs of a lake.
+
+    Exits with 1 if one cannot be read, and says why.
+    """
+    opened = open_lake(lake).readable_runs()
+    rows = [
+        run_row(run) if isinstance(run, Run) else _damaged_row(run_id, run) for run_id, run in opened.items()
+    ]
     if as_json:
         console.print_json(rows)
     elif rows:
-        console.print_table(rows)
+        console.print_table([row for row in rows if "error" not in row])
     else:
         console.note("The lake has no runs.")
+    _say_damaged(rows)
 
 
 @click.command()
@@ -43,12 +51,14 @@ def ls(lake: str, as_json: bool) -> None:
 @run_options
 @json_option
 def info(lake: str, runs: tuple[str, ...], as_json: bool) -> None:
-    """Describe runs: model, corpus, sites, provenance."""
-    described = [describe_run(run) for run in open_lake(lake).runs(runs)]
+    """Describe runs: model, corpus, sites, provenance.
+
+    Exits with 1 if one cannot be read, and says why.
+    """
+    described = [_described(run_id, run) for run_id, run in open_lake(lake).readable_runs(runs).items()]
     if as_json:
         console.print_json(described)
-        return
-    for item in described:
+    for item in () if as_json else (item for item in described if "error" not in item):
         sites = item.pop("sites")
         captures = item.pop("captures")
         console.print_table([{"": name, " ": str(value)} for name, value in item.items()])
@@ -56,6 +66,20 @@ def info(lake: str, runs: tuple[str, ...], as_json: bool) -> None:
         for entry in captures:
             checks = ", ".join(f"{name}: {error:.1g}" for name, error in entry.get("self_check", {}).items())
             console.note(f"captured {entry['finished']} on {entry.get('device', '?')}; self-check: {checks}")
+    _say_damaged(described)
+
+
+def _damaged_row(run_id: str, error: LayerLakeError) -> dict[str, Any]:
+    return {"run": run_id, "error": f"{error} {error.hint}".rstrip()}
+
+
+def _say_damaged(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Say what is wrong with the runs that are damaged, and exit with 1 if there are any."""
+    damaged = [row for row in rows if "error" in row]
+    for row in damaged:
+        console.note(f"error: run {row['run']} cannot be read: {row['error']}")
+    if damaged:
+        sys.exit(1)
 
 
 @click.command()
@@ -177,6 +201,16 @@ def run_row(run: Run) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "sites": ",".join(run.sites),
     }
+
+
+def _described(run_id: str, run: Run | LayerLakeError) -> dict[str, Any]:
+    """Return what ``info`` says of a run, or what is wrong with it."""
+    try:
+        if isinstance(run, Run):
+            return describe_run(run)
+    except CorruptRun as damage:
+        return _damaged_row(run_id, damage)
+    return _damaged_row(run_id, run)
 
 
 def describe_run(run: Run) -> dict[str, Any]:
