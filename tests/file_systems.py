@@ -130,8 +130,12 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FlakyFileSystem]]:
-    """``flaky://``, empty: every tenth call fails (``rate``); ``failures`` counts them. Nobody waits."""
+    """``flaky://``, empty: every tenth call fails (``rate``); ``failures`` counts them. Nobody waits.
+
+    More attempts than usual: one call in a million fails six times, and threads decide which.
+    """
     monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(retries, "ATTEMPTS", 10)
     monkeypatch.setattr(FlakyFileSystem, "rate", 0.1)
     FlakyFileSystem.chances = {name: random.Random(name) for name in OPERATIONS}  # noqa: S311  # no secret
     FlakyFileSystem.failures.clear()

@@ -460,8 +460,8 @@ def _client_error(code: str, status: int) -> Exception:
 class HttpError(Exception):
     """As gcsfs and the Azure SDK have them."""
 
-    def __init__(self, **fields: Any) -> None:
-        super().__init__("said the service")
+    def __init__(self, message: str = "said the service", **fields: Any) -> None:
+        super().__init__(message)
         vars(self).update(fields)
 
 
