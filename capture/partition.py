@@ -143,6 +143,10 @@ class PartitionBuffer:
                 _pack(given, target[:, to : to + n_pairs(document.n_tokens)])
 
 
+_HUGE = 32 << 20
+"""Bytes of a block from which on the 2 MiB by which it may be larger than what is used are of no consequence."""
+
+
 def _untouched(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Return zeros that take no memory before they are filled, and give it back when they are let go of.
 
@@ -150,7 +154,9 @@ def _untouched(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]
     are used again (the threshold above which it does not grows up to 32 MiB; mallopt(3), M_MMAP_THRESHOLD).
     """
     n_values = math.prod(shape)
-    memory = mmap.mmap(-1, max(1, n_values * dtype.itemsize))
+    memory = mmap.mmap(-1, max(1, n_values * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if len(memory) >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):  # a fault for 2 MiB in place of 512
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=dtype, count=n_values).reshape(shape)
 
 
@@ -239,7 +245,7 @@ def _taker(
 
     def take(value: torch.Tensor) -> None:
         ran_in[:] = [str(value.dtype).removeprefix("torch.")]
-        cast = band_sums(value, lengths) if rows == "document" else value.to(getattr(torch, dtype))
+        cast = band_sums(value, lengths) if rows == "document" else staging.cast(value, getattr(torch, dtype))
         staging.put(cast, rows, lengths, deliver)
 
     return take

@@ -28,6 +28,20 @@ def silent(phase: str, done: int, total: int, *, nbytes: int = 0, queued: int = 
     """Show no progress."""
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def _keep_freed() -> None:
+    """Let glibc keep what a layer of a forward lets go of for the next, for this whole process.
+
+    By itself it gives large blocks back to the system at once, and gets them again page by page: for 6000 tokens of
+    GPT-2 on two cores, two seconds beside the five of the forward.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+
+
 def _give_back_freed() -> None:
     """Give back to the system what the last batch has let go of: glibc keeps it, scattered, for blocks to come."""
     if sys.platform == "linux" and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
@@ -109,6 +123,7 @@ class Worker:
             ) from error
 
     def _write(self, mine: Sequence[PartitionWork]) -> None:
+        _keep_freed()
         manifest, outcome = self.frozen.manifest, self.outcome
         lengths = {p.index: p.n_rows for p in manifest.partitions}
         total = sum(lengths[work.index] for work in mine)
