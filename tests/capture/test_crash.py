@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,14 @@ def uninterrupted(make_spec: MakeSpec, tmp_path_factory: pytest.TempPathFactory)
 def crash_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, *, after: bool) -> None:
     """Die at the given call of a function (counted from 1), before it or right after it."""
     function = getattr(owner, name)
-    calls = 0
+    numbers = itertools.count(1)  # each call takes its own, whichever thread makes it
 
     def counted(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call and not after:
+        number = next(numbers)
+        if number == call and not after:
             raise Crash
         result = function(*args, **options)
-        if calls == call:
+        if number == call:
             raise Crash
         return result
 
