@@ -116,7 +116,7 @@ class AttentionStatistic(Statistic[AttentionBlock]):
     def read(self, run: Run, unit: Unit) -> AttentionBlock:  # noqa: D102
         layers = np.array([layer for _, layer in unit.reads])
         index = self.partitions[unit.items[0]]
-        (partition,) = (p for p in run.manifest.partitions if p.index == index)
+        partition = run.manifest.partition(index)
         if self.source == "attn_band":
             values = self._read_sums(run, partition, unit.items)
             by_layer = values.swapaxes(0, 1)
@@ -134,8 +134,8 @@ class AttentionStatistic(Statistic[AttentionBlock]):
             return values
         first, _ = run.span("pattern", partition)
         starts = self.pair_starts[items] - first
-        spans = zip(starts, self.lengths[items], strict=True)
-        return np.concatenate([values[:, start : start + n_pairs(int(n))] for start, n in spans], axis=1)
+        spans = zip(starts, starts + n_pairs(self.lengths[items]), strict=True)
+        return np.concatenate([values[:, start:stop] for start, stop in spans], axis=1)
 
     def _read_sums(self, run: Run, partition: Partition, items: Ints) -> npt.NDArray[np.float32]:
         """Read a partition of ``attn_band``: float32 ``[document, layer, head, query set, sum]``."""
@@ -162,7 +162,7 @@ class AttentionStatistic(Statistic[AttentionBlock]):
             sums = block.values
         else:
             n = self.lengths[block.items]
-            pairs = n * (n + 1) // 2
+            pairs = n_pairs(n)
             sums = band_sums(block.values, n, np.cumsum(pairs) - pairs)[:, None]
         keys = self._keys(block.items, block.layers)
         return State.of(keys, sums.sum(axis=2, dtype=np.float64).reshape(-1, len(QUERIES), N_SUMS))

@@ -93,10 +93,7 @@ class LensStatistic(Statistic[LensBlock]):
         return [Unit(reads, items[i : i + _UNIT_TOKENS]) for i in range(0, len(items), _UNIT_TOKENS)]
 
     def keys(self, unit: Unit) -> npt.NDArray[np.int64]:  # noqa: D102
-        return self._keys(unit.items)
-
-    def _keys(self, items: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return np.stack([self.tokens.documents[items], self.tokens.rows[items]], axis=1)
+        return self.tokens.keys(unit.items)
 
     def read(self, run: Run, unit: Unit) -> LensBlock:  # noqa: D102
         rows = self.tokens.rows[unit.items]
@@ -118,7 +115,7 @@ class LensStatistic(Statistic[LensBlock]):
             scale_or_own = readout.scale(last) if self.options.scale == "final" else None
             lenses = [readout.normed(x, scale_or_own) for x in block.resid[:-1]]
             values = compare_distributions(readout.unembed, final, lenses, targets)
-        return State.of(self._keys(block.items), values)
+        return State.of(self.tokens.keys(block.items), values)
 
     def finalise(self, state: State) -> dict[str, pa.Table]:
         """Return ``lens``, means over tokens with intervals over documents, and ``lens_tokens``.

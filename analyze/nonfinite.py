@@ -48,7 +48,7 @@ class NonfiniteStatistic(Statistic[tuple[str, int, int, npt.NDArray[Any]]]):
         starts = {"token": row, "pair": pair}
         stops = {
             "token": row + length,
-            "pair": pair + np.array([n_pairs(int(n)) for n in length], dtype=np.int64),
+            "pair": pair + n_pairs(length),
         }
         n_layers = tuple(SITES[site].n_layers(run.shape) for site in sites)
         return cls(run.run_id, sites, n_layers, document, starts, stops, partition)
@@ -70,7 +70,7 @@ class NonfiniteStatistic(Statistic[tuple[str, int, int, npt.NDArray[Any]]]):
         """Return site, layer, partition, and how many values of each of the unit's documents are not finite."""
         ((site, layer),) = unit.reads
         index = int(self.partitions[unit.items[0]])
-        (partition,) = (p for p in run.manifest.partitions if p.index == index)
+        partition = run.manifest.partition(index)
         if site == "attn_band":
             table = run.read_attn_band(partition, columns=["document", "distance_sums", "bos_sum"])
             sums = table["distance_sums"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)

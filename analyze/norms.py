@@ -90,10 +90,7 @@ class NormsStatistic(Statistic[NormsBlock]):
         return [Unit(reads, items) for items in np.split(np.arange(len(partitions)), starts[1:])]
 
     def keys(self, unit: Unit) -> npt.NDArray[np.int64]:  # noqa: D102
-        return self._keys(unit.items)
-
-    def _keys(self, items: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return np.stack([self.tokens.documents[items], self.tokens.rows[items]], axis=1)
+        return self.tokens.keys(unit.items)
 
     def read(self, run: Run, unit: Unit) -> NormsBlock:  # noqa: D102
         rows = self.tokens.rows[unit.items]
@@ -106,7 +103,7 @@ class NormsStatistic(Statistic[NormsBlock]):
         """Return the state of a block: key (document, row), values norm ``[layer, component]``."""
         norms = np.stack([self._norm(vectors) for vectors in block.vectors], axis=1)
         values = norms.reshape(len(block.items), self.n_layers, len(COMPONENTS)).astype(np.float32)
-        return State.of(self._keys(block.items), values)
+        return State.of(self.tokens.keys(block.items), values)
 
     def _norm(self, vectors: npt.NDArray[Any]) -> Doubles:
         x = vectors.astype(np.float64)

@@ -30,6 +30,10 @@ class MaskedTokens:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def keys(self, items: Ints) -> Ints:
+        """Return (document, row) of some of the tokens, which name a token within its run: ``[token, 2]``."""
+        return np.stack([self.documents[items], self.rows[items]], axis=1)
+
 
 def canonical_tokens(text: str) -> str:
     """Return one spelling of a number of tokens, so that ``20000`` and ``20k`` are one parameter.

@@ -19,11 +19,8 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, GPT2Config
 
-from capture import random_model
+from capture import measure, random_model
 from layerlake import CaptureSpec, Run, capture_run
 from layerlake.analyze.cka import hsic_matrix, normalised
 from layerlake.analyze.lens import LensOptions, LensStatistic
@@ -99,18 +96,6 @@ def our_cka(features: Floats, batch: int) -> np.ndarray[Any, Any]:
     return normalised(np.mean([hsic_matrix(list(features[:, i : i + batch])) for i in batches], axis=0))
 
 
-def median_seconds(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return each contestant's median; they take turns, so that a slow minute hits all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for repeat in range(repeats + 1):
-        for name, contestant in contestants.items():
-            began = time.perf_counter()
-            contestant()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def make_run(folder: Path, *, smoke: bool, n_documents: int) -> Run:
     """Capture the residual stream of a random model."""
     size = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 4096} if smoke else {}
@@ -149,17 +134,17 @@ def main() -> None:
             multiply(tokens, lens.readout.unembed)
 
     np.testing.assert_allclose(our_cka(features, batch), torch_cka(features, batch), atol=1e-4)
-    median = median_seconds(
+    median = measure(
         {
-            "lens": lambda: lens.finalise(reduce_statistic(lens, run)),
-            "lens, one thread": lambda: reduce_statistic(lens, run, scheduler="synchronous"),
-            "lens, products": products_of_lens,
-            "neurons": lambda: neurons.finalise(reduce_statistic(neurons, run)),
-            "neurons, products": lambda: multiply(outputs, neurons.unembed),
-            "cka": lambda: our_cka(features, batch),
-            "cka, torch_cka": lambda: torch_cka(features, batch),
-            "cka, exact": lambda: our_cka(features, n_samples),
-            "cka, exact pairwise": lambda: exact_cka(features),
+            "lens": lambda _: lens.finalise(reduce_statistic(lens, run)),
+            "lens, one thread": lambda _: reduce_statistic(lens, run, scheduler="synchronous"),
+            "lens, products": lambda _: products_of_lens(),
+            "neurons": lambda _: neurons.finalise(reduce_statistic(neurons, run)),
+            "neurons, products": lambda _: multiply(outputs, neurons.unembed),
+            "cka": lambda _: our_cka(features, batch),
+            "cka, torch_cka": lambda _: torch_cka(features, batch),
+            "cka, exact": lambda _: our_cka(features, n_samples),
+            "cka, exact pairwise": lambda _: exact_cka(features),
         },
         repeats,
     )

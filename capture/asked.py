@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..catalog.manifest import Manifest
@@ -16,7 +17,7 @@ from .spec import CaptureSpec
 __all__ = ["Asked", "runs_on_host"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
     """What is asked for, and what there is."""
 
@@ -48,9 +49,9 @@ class Asked:
         is_long_enough = self.max_tokens is not None and self.existing.n_tokens >= self.max_tokens
         return is_long_enough or any(request["max_tokens"] == self.max_tokens for request in requests)
 
-    @property
+    @cached_property
     def held(self) -> Run | None:
-        """The run as it is."""
+        """The run as it is, opened once: it keeps the tables that it has read."""
         return Run(self.store, self.existing) if self.store and self.existing else None
 
     def memory(self, manifest: Manifest) -> MemoryPlan:

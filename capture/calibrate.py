@@ -10,7 +10,6 @@ from typing import Any
 
 from ..catalog.errors import PlanError
 from ..catalog.manifest import Manifest
-from ..catalog.sites import SITES
 from ..catalog.stores import Store
 from .cost import forward_flops
 from .description import describe_model
@@ -124,6 +123,5 @@ def _place_alone(
     encoded = [EncodedDocument((), document.token_ids, document.n_tokens) for document in sample]
     placement = place_documents(encoded, frozen.manifest.geometry)
     placed = place_tokens(placement.documents, placement.tokens)
-    sites = tuple(name for name in SITES if any(name in work.sites for work in frozen.work))
     manifest = replace(frozen.manifest, partitions=placement.partitions)
-    return manifest, PartitionWork(0, sites, (tuple(placed),)), placed
+    return manifest, PartitionWork(0, frozen.sites, (tuple(placed),)), placed

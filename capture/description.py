@@ -203,10 +203,8 @@ def describe_model(
                 f"Two models have the id {description.model_id}: the one asked for and one in {store.url}."
             )
         return replace(description, known=known)
-    _ = (
-        description.shape,
-        description.tokenizer,
-    )  # what is wrong with them is said before anything else is done
+    # what is wrong with them is said before anything else is done
+    _ = description.shape, description.tokenizer
     return description
 
 

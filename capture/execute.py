@@ -123,10 +123,9 @@ def execute_plan(
     documents, on_host = placed_documents(plan, store), model.device.type == "cpu"
     memory = share_out_memory(plan, frozen, documents, on_host=on_host, is_local=store.is_local)
     first = [documents[number].token_ids.tolist() for number in frozen.work[0].batches[0]]
-    sites = sorted({site for work in frozen.work for site in work.sites})
     progress("self-check", 0, 0)
     with numerics(frozen.n_threads):
-        checks = check_model(model, first, sites, compute_dtype=plan.spec.compute_dtype)
+        checks = check_model(model, first, frozen.sites, compute_dtype=plan.spec.compute_dtype)
 
     create_lake(lake)
     begun = _begin(plan, lake, store)
@@ -278,7 +277,7 @@ def share_out_memory(
         frozen.manifest.shape,
         frozen.manifest.geometry,
         frozen.manifest.partitions,
-        sites=sorted({site for work in frozen.work for site in work.sites}),
+        sites=frozen.sites,
         dtype=frozen.manifest.dtype,
         compute_dtype=plan.spec.compute_dtype,
         batch_tokens=padded,

@@ -44,6 +44,11 @@ class FrozenPlan:
     """What was asked for beyond the run's identity: ``sites`` and ``max_tokens``. Whoever asks for the same joins."""
 
     @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that any partition needs, sorted by name."""
+        return tuple(sorted({site for work in self.work for site in work.sites}))
+
+    @property
     def part(self) -> str:
         """The name of this capture's part in every table that it adds to."""
         return f"part-{self.capture_id}"

@@ -11,7 +11,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from ..catalog.layout import run_path, wip_path
+from ..catalog.layout import frozen_plan_path, run_path, wip_path
 from ..catalog.reservation import reserved_by
 from ..catalog.stores import Store
 from .frozen import FrozenPlan, PartitionWork
@@ -21,16 +21,10 @@ __all__ = [
     "is_open",
     "is_wanted",
     "pending_work",
-    "plan_path",
     "read_ledger",
     "withdraw_disputed",
     "write_ledger",
 ]
-
-
-def plan_path(plan: FrozenPlan) -> str:
-    """Return the object that says that a capture is begun."""
-    return f"{wip_path(plan.manifest.run_id, plan.capture_id)}/plan.json"
 
 
 def _ledger_path(plan: FrozenPlan, partition: int) -> str:
@@ -53,7 +47,9 @@ def is_wanted(store: Store, plan: FrozenPlan, partition: int) -> bool:
 
 def is_open(store: Store, plan: FrozenPlan) -> bool:
     """Tell whether a capture is begun, and neither committed nor removed."""
-    return reserved_by(store, plan.manifest.run_id) == plan.capture_id and store.exists(plan_path(plan))
+    return reserved_by(store, plan.manifest.run_id) == plan.capture_id and store.exists(
+        frozen_plan_path(plan.manifest.run_id, plan.capture_id)
+    )
 
 
 def begin_attempt(store: Store, plan: FrozenPlan, partition: int) -> int:

@@ -16,12 +16,12 @@ from datetime import UTC, datetime
 import pyarrow as pa
 
 from ..catalog.errors import CaptureInProgress, CaptureUnfinished
-from ..catalog.layout import part_path, wip_path
+from ..catalog.layout import frozen_plan_path, part_path, wip_path
 from ..catalog.manifest import Manifest, commit_manifest, read_manifest
 from ..catalog.reservation import (
+    release_run,
     remover,
     requested_by,
-    reservation_path,
     reserve_run,
     reserved_by,
     take_over_run,
@@ -29,7 +29,7 @@ from ..catalog.reservation import (
 from ..catalog.stores import Store
 from ..catalog.tables import DOCUMENTS, OBJECTS, TOKENS, read_parts, to_parquet
 from .frozen import FrozenPlan
-from .ledgers import is_open, pending_work, plan_path, read_ledger
+from .ledgers import is_open, pending_work, read_ledger
 from .writer import create_arrays
 
 PATIENCE_S = 30.0
@@ -50,9 +50,7 @@ __all__ = [
 def find_committed(store: Store, run_id: str, capture_id: str) -> Manifest | None:
     """Return the newest snapshot of a run if the capture is part of it."""
     newest = read_manifest(store, run_id)
-    if newest is not None and any(entry["capture_id"] == capture_id for entry in newest.captures):
-        return newest
-    return None
+    return newest if newest is not None and newest.has_capture(capture_id) else None
 
 
 def read_open_capture(store: Store, run_id: str) -> FrozenPlan | None:
@@ -60,7 +58,7 @@ def read_open_capture(store: Store, run_id: str) -> FrozenPlan | None:
     capture_id = reserved_by(store, run_id)
     if capture_id is None or find_committed(store, run_id, capture_id):
         return None
-    path = f"{wip_path(run_id, capture_id)}/plan.json"
+    path = frozen_plan_path(run_id, capture_id)
     return FrozenPlan.from_json(store.read_json(path)) if store.exists(path) else None
 
 
@@ -110,7 +108,7 @@ def init_capture(store: Store, plan: FrozenPlan, *, documents: pa.Table, tokens:
     if holder != capture_id:
         raise open_elsewhere(store, run_id, holder)
     committed = _find_overtaken(store, plan)
-    path = plan_path(plan)
+    path = frozen_plan_path(run_id, capture_id)
     if committed is not None or store.exists(path):
         return committed
     if plan.adds_documents:
@@ -134,7 +132,7 @@ def await_plan(store: Store, plan: FrozenPlan) -> bool:
     began = time.monotonic()
     while time.monotonic() < began + PATIENCE_S:
         holder = reserved_by(store, run_id)
-        if holder is None or store.exists(f"{wip_path(run_id, holder)}/plan.json"):
+        if holder is None or store.exists(frozen_plan_path(run_id, holder)):
             return True
         time.sleep(0.1)
     take_over_run(store, run_id, plan.capture_id, request=plan.request)
@@ -234,7 +232,7 @@ def _commit(store: Store, plan: FrozenPlan) -> Manifest:
         "capture_id": capture_id,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "request": plan.request,
-        "sites": sorted({site for work in plan.work for site in work.sites}),
+        "sites": list(plan.sites),
         "partitions": [work.index for work in plan.work],
         "nonfinite": dict(sorted(nonfinite.items())),
         **writers[0],
@@ -262,8 +260,6 @@ def _clean_up(store: Store, run_id: str, capture_id: str) -> None:
 
     Its plan goes first, so that no late writer goes on; its reservation last, so that the rest can be found.
     """
-    folder = wip_path(run_id, capture_id)
-    store.delete(f"{folder}/plan.json")
-    store.delete(folder)
-    if reserved_by(store, run_id) == capture_id:
-        store.delete(reservation_path(run_id))
+    store.delete(frozen_plan_path(run_id, capture_id))
+    store.delete(wip_path(run_id, capture_id))
+    release_run(store, run_id, capture_id)

@@ -36,7 +36,7 @@ from .phases import open_elsewhere, read_capture_tables, read_open_capture
 from .placement import EncodedDocument, Placement, place_documents
 from .spec import CaptureSpec, complete_spec
 
-__all__ = ["CapturePlan", "CaptureSpec", "SiteCost", "plan_capture"]
+__all__ = ["CapturePlan", "plan_capture"]
 
 _DEFAULT_CONTEXT = 512
 
@@ -261,13 +261,10 @@ def _priced(asked: Asked, frozen: FrozenPlan, documents: pa.Table, tokens: pa.Ta
     """
     manifest, store, held = frozen.manifest, asked.store, asked.held
     costs = site_costs(manifest, frozen.work)
-    lacking = (
-        pending_work(store, frozen) if store and manifest.run_id else frozen.work
-    )  # others, or an earlier attempt, wrote the rest
-    needed, free = (
-        sum(cost.nbytes for cost in site_costs(manifest, lacking)),
-        store.free_nbytes() if store else None,
-    )
+    # others, or an earlier attempt, may have written some of it
+    lacking = pending_work(store, frozen) if store and manifest.run_id else frozen.work
+    needed = sum(cost.nbytes for cost in site_costs(manifest, lacking))
+    free = store.free_nbytes() if store else None
     if store is not None and free is not None and needed > free and manifest.codec == "none":
         raise PlanError(
             f"The capture needs {format_nbytes(needed)}, and '{store.url}' has {format_nbytes(free)} left.",

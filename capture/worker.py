@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from ..catalog.errors import PlanError
@@ -31,20 +32,26 @@ def silent(phase: str, done: int, total: int, *, nbytes: int = 0, queued: int = 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
+@cache
+def _of_glibc(name: str) -> Any:
+    """Return a function of glibc's malloc; None where memory is another library's."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
 def _keep_freed() -> None:
     """Let glibc keep what a layer of a forward lets go of for the next, for this whole process.
 
     By itself it gives large blocks back to the system at once, and gets them again page by page: for 6000 tokens of
     GPT-2 on two cores, two seconds beside the five of the forward.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+    if mallopt := _of_glibc("mallopt"):
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
 
 
 def _give_back_freed() -> None:
     """Give back to the system what the last batch has let go of: glibc keeps it, scattered, for blocks to come."""
-    if sys.platform == "linux" and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+    if malloc_trim := _of_glibc("malloc_trim"):
         malloc_trim(0)
 
 

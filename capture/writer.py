@@ -99,7 +99,7 @@ def write_object(
 
 
 def _shard(manifest: Manifest, buffer: PartitionBuffer, site: str, layer: int) -> memoryview:
-    (used,) = (p for p in manifest.partitions if p.index == buffer.work.index)
+    used = manifest.partition(buffer.work.index)
     values, is_pair = buffer.values[site, layer], SITES[site].rows == "pair"
     return encode_shard(
         values[:, :, None] if is_pair else values[None],

@@ -60,7 +60,7 @@ class ShardCut:
     def of(cls, site: Site, manifest: Manifest, partition: int) -> ShardCut:
         """Return the cut of a partition's shards of one site."""
         geometry, shape = manifest.geometry, manifest.shape
-        (used,) = (p for p in manifest.partitions if p.index == partition)
+        used = manifest.partition(partition)
         chunk = geometry.chunk_rows[site.name]
         n_pairs = geometry.partition_tokens * (geometry.context + 1) // 2
         if site.rows == "pair":

@@ -9,13 +9,17 @@ A *chunk* is the unit of reading inside a shard.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from .bands import N_SUMS, QUERIES
 from .errors import FormatError, PlanError
 from .shapes import ModelShape
 from .sites import SITES, Site
 from .sizes import format_nbytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = [
     "FORMAT_VERSION",
@@ -33,6 +37,8 @@ __all__ = [
     "shard_name",
     "weight_specs",
 ]
+
+N = TypeVar("N", int, "npt.NDArray[np.int64]")
 
 FORMAT_VERSION = 2
 """The version of the layout on disk; a lake with another one is refused."""
@@ -83,8 +89,8 @@ def itemsize(dtype: str) -> int:
     return _ITEMSIZE[dtype]
 
 
-def n_pairs(n_tokens: int) -> int:
-    """Return the number of (query, key) pairs in the causal triangle of ``n_tokens``.
+def n_pairs(n_tokens: N) -> N:
+    """Return the number of (query, key) pairs in the causal triangle of ``n_tokens``: one document's, or each one's.
 
     Examples
     --------
@@ -317,6 +323,11 @@ def part_path(run_id: str, table: str, part: str) -> str:
 def wip_path(run_id: str, capture_id: str) -> str:
     """Return the folder of an open capture."""
     return f"{run_path(run_id)}/wip/{capture_id}"
+
+
+def frozen_plan_path(run_id: str, capture_id: str) -> str:
+    """Return the object that says that a capture is begun."""
+    return f"{wip_path(run_id, capture_id)}/plan.json"
 
 
 def finding_path(view: str, digest: str, part: int = 0) -> str:

@@ -61,6 +61,15 @@ class Manifest:
     number: int = 0
     """The snapshot's place in the log, from 1."""
 
+    def partition(self, index: int) -> Partition:
+        """Return the partition of this index."""
+        (found,) = (partition for partition in self.partitions if partition.index == index)
+        return found
+
+    def has_capture(self, capture_id: str) -> bool:
+        """Tell whether a capture is part of the snapshot."""
+        return any(entry.get("capture_id") == capture_id for entry in self.captures)
+
     def to_json(self) -> dict[str, Any]:
         """Return the snapshot as a JSON object."""
         value = dataclasses.asdict(self)

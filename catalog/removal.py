@@ -149,8 +149,7 @@ def _in_the_way(store: Store, run_id: str, holder: str | None) -> str | None:
         newest = read_manifest(store, run_id)
     except (CorruptRun, FormatError):
         return holder
-    committed = newest is not None and any(entry.get("capture_id") == holder for entry in newest.captures)
-    return None if committed else holder
+    return None if newest is not None and newest.has_capture(holder) else holder
 
 
 def in_order(run_id: str, objects: Iterable[Stored]) -> Sequence[Stored]:

@@ -54,6 +54,10 @@ def reservation_path(run_id: str) -> str:
     return f"{run_path(run_id)}/wip/open.json"
 
 
+def _reservation(holder: str, request: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"capture_id": holder} | ({} if request is None else {"request": dict(request)})
+
+
 def reserved_by(store: Store, run_id: str) -> str | None:
     """Return who holds a run: the id of a capture, a remover, ``unreadable``, or None."""
     try:
@@ -77,10 +81,9 @@ def reserve_run(store: Store, run_id: str, holder: str, *, request: Mapping[str,
 
     ``request`` is what a capture was asked for: whoever is asked for the same may go on in its place.
     """
-    content = {"capture_id": holder} | ({} if request is None else {"request": dict(request)})
     while True:
         try:
-            store.write_json(reservation_path(run_id), content, create=True)
+            store.write_json(reservation_path(run_id), _reservation(holder, request), create=True)
         except FileExistsError:
             held_by = reserved_by(store, run_id)
             if held_by is not None:
@@ -104,8 +107,7 @@ def take_over_run(
     """
     if held_by is not None and reserved_by(store, run_id) != held_by:
         return False
-    content = {"capture_id": holder} | ({} if request is None else {"request": dict(request)})
-    store.write_json(reservation_path(run_id), content)
+    store.write_json(reservation_path(run_id), _reservation(holder, request))
     return True
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tenacity import (
@@ -131,14 +132,8 @@ def retried(
         It failed for good.
     """
     policy = Retrying(**_policy(is_worth_it))
-    try:
+    with _translated(done, where, policy.statistics):
         return policy(operation)
-    except ANSWERS:
-        raise
-    except Exception as error:
-        if not _is_foreign(error):
-            raise
-        raise store_error(error, done, where, policy.statistics) from error
 
 
 async def retried_async(done: str, where: str, operation: Callable[[], Awaitable[T]]) -> T:
@@ -148,14 +143,21 @@ async def retried_async(done: str, where: str, operation: Callable[[], Awaitable
         return await operation()
 
     policy = AsyncRetrying(**_policy(is_transient))
-    try:
+    with _translated(done, where, policy.statistics):
         return await policy(awaited)
+
+
+@contextmanager
+def _translated(done: str, where: str, attempts: Mapping[str, float]) -> Iterator[None]:
+    """Turn what fails for good into a StoreError, and let an operation's own answers pass."""
+    try:
+        yield
     except ANSWERS:
         raise
     except Exception as error:
         if not _is_foreign(error):
             raise
-        raise store_error(error, done, where, policy.statistics) from error
+        raise store_error(error, done, where, attempts) from error
 
 
 def _policy(is_worth_it: Callable[[BaseException], bool]) -> dict[str, Any]:

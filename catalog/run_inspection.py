@@ -13,7 +13,7 @@ import numpy as np
 from .accounting import DocumentPart, read_document_part, verify_attn_band, verify_token_part
 from .arrays import ShardCut, verify_array_metadata, verify_group_metadata, verify_shard
 from .inspection import Inspection, open_sealed_parquet, read_sealed_json
-from .layout import activations_path, log_path, part_path, run_path, wip_path
+from .layout import activations_path, frozen_plan_path, log_path, part_path, run_path, wip_path
 from .manifest import Manifest
 from .problem import Deviation, require
 from .references import Key, find_lost_snapshots, named_objects, object_keys
@@ -157,7 +157,7 @@ def _inspect_work(
     for name in sorted(present):
         if name.startswith(f"{run_path(run_id)}/wip/") and name != reservation_path(run_id):
             value = inspection.examine(name, read_sealed_json, is_optional=True)
-            plan = value if name == f"{wip_path(run_id, str(holder))}/plan.json" else plan
+            plan = value if name == frozen_plan_path(run_id, str(holder)) else plan
             if value is not None and name.startswith(f"{wip_path(run_id, str(holder))}/ledgers/"):
                 _inspect_ledger(inspection, run_id, name, value)
     if remover(holder) == COLLECTING:
