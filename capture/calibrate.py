@@ -49,7 +49,7 @@ class Calibration:
 class _Nowhere(Store):
     """A store that keeps nothing."""
 
-    def write(self, name: str, content: bytes | memoryview) -> None:
+    def write(self, name: str, *pieces: bytes | memoryview) -> None:
         pass
 
 

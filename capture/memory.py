@@ -70,6 +70,11 @@ class MemoryPlan:
         return self.max_nbytes - taken
 
     @property
+    def ahead_nbytes(self) -> int:
+        """What the model and the encoders may allocate from now on, while one batch runs, without its values."""
+        return self.forward_nbytes + self.writing_nbytes
+
+    @property
     def peak_nbytes(self) -> int:
         """The most that the capture allocates: two partitions are in flight, as far as they fit."""
         in_flight = min(self.budget_nbytes, 2 * self.partition_nbytes)
@@ -231,6 +236,10 @@ class PeakMemory:
     ) -> None:
         if self._before is not None:
             self.nbytes = _status_nbytes("VmHWM") - self._before
+
+    def taken_nbytes(self) -> int | None:
+        """Return what is taken now, with what was let go of and is kept for later; None where it is not told."""
+        return None if self._before is None else _status_nbytes("VmRSS") - self._before
 
 
 def _status_nbytes(field: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..catalog.shapes import ModelShape
 from ..catalog.stores import Store
 from ..catalog.tables import to_parquet
 from .metadata import GROUP, array_metadata
-from .shard import seal
+from .shard import crc32_of, seal
 
 __all__ = ["ReadWeight", "has_model", "weight_chunks", "write_model"]
 
@@ -73,9 +72,9 @@ def write_model(
     folder = model_path(model_id)
     crc32: dict[str, str] = {}
 
-    def write(name: str, content: bytes | memoryview) -> None:
-        crc32[name] = f"{zlib.crc32(content):08x}"
-        store.write(f"{folder}/{name}", content)
+    def write(name: str, *pieces: bytes | memoryview) -> None:
+        crc32[name] = f"{crc32_of(pieces):08x}"
+        store.write(f"{folder}/{name}", *pieces)
 
     store.write_json(f"{folder}/weights.zarr/zarr.json", GROUP)
     for name, spec in weight_specs(shape).items():
@@ -84,15 +83,13 @@ def write_model(
             f"{folder}/{array}/zarr.json", array_metadata(spec.shape, chunks=spec.chunks, dtype="float32")
         )
         for key, block in weight_chunks(spec):
-            write(f"{array}/{key}", _encode_chunk(read_weight(name, block), spec.chunks).data)
+            write(f"{array}/{key}", *_encode_chunk(read_weight(name, block), spec.chunks))
     write("vocab.parquet", to_parquet(vocab))
     store.write_json(f"{folder}/model.json", {**card, "crc32": crc32})
 
 
-def _encode_chunk(block: npt.NDArray[np.float32], chunks: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Return the bytes of a chunk, with its CRC-32C; one at the edge is filled up with zeros."""
-    encoded = np.zeros(4 * int(np.prod(chunks)) + 4, dtype=np.uint8)
-    whole = encoded[:-4].view("<f4").reshape(chunks)
+def _encode_chunk(block: npt.NDArray[np.float32], chunks: tuple[int, ...]) -> list[memoryview]:
+    """Return the bytes of a chunk and their CRC-32C; one at the edge is filled up with zeros."""
+    whole = np.zeros(chunks, dtype="<f4")
     whole[tuple(slice(length) for length in block.shape)] = block
-    seal(encoded, 0, len(encoded) - 4)
-    return encoded
+    return seal(whole.reshape(-1).view(np.uint8))

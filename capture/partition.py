@@ -16,12 +16,12 @@ from ..catalog.bands import N_SUMS, QUERIES
 from ..catalog.errors import OverflowInCapture
 from ..catalog.layout import array_spec, n_pairs
 from ..catalog.manifest import Manifest
-from ..catalog.run import decode
 from ..catalog.sites import SITES
 from .bands import band_sums
 from .frozen import PartitionWork
 from .hooks import hook_name, listen, pad
 from .memory import values_nbytes
+from .staging import as_numpy, as_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -117,10 +117,22 @@ class PartitionBuffer:
             // SITES[site].n_layers(self.manifest.shape)
         )
 
+    def stored(self, site: str, layer: int, document: PlacedDocument) -> npt.NDArray[Any]:
+        """Return the place of a document: ``[token, width]``, ``[head, pair]``, or ``[head, query set, sum]``."""
+        values, rows = self.values[site, layer], SITES[site].rows
+        if rows == "document":
+            place: npt.NDArray[Any] = values[self._order[document.number]]
+            return place
+        start = document.row_start if rows == "token" else document.pair_start
+        start -= self._first_row[rows]
+        if rows == "token":
+            return values[start : start + document.n_tokens]
+        return values[:, start : start + n_pairs(document.n_tokens)]
+
     def place(
-        self, site: str, layer: int, documents: Sequence[PlacedDocument], values: Sequence[npt.NDArray[Any]]
+        self, site: str, layer: int, documents: Sequence[PlacedDocument], values: Sequence[torch.Tensor]
     ) -> None:
-        """Copy the values of some documents to where they belong.
+        """Copy the values of some documents to where they belong, cast to the stored dtype.
 
         Parameters
         ----------
@@ -128,19 +140,25 @@ class PartitionBuffer:
             Which.
         documents : sequence of PlacedDocument
             Documents of the partition.
-        values : sequence of ndarray
+        values : sequence of torch.Tensor
             Each one's ``[token, width]``, ``[head, pair]`` or ``[head, query, key]``, or ``[head, query set, sum]``.
         """
-        target, rows = self.values[site, layer], SITES[site].rows
         for document, given in zip(documents, values, strict=True):
-            if rows == "document":
-                target[self._order[document.number]] = given
-            elif rows == "token":
-                to = document.row_start - self._first_row[rows]
-                target[to : to + document.n_tokens] = given
+            target = self.stored(site, layer, document)
+            if SITES[site].rows == "pair" and given.ndim == 3:
+                _pack(as_numpy(given), target)
             else:
-                to = document.pair_start - self._first_row[rows]
-                _pack(given, target[:, to : to + n_pairs(document.n_tokens)])
+                as_tensor(target).copy_(given)  # casts on the way, on all cores
+
+    def is_finite(self, site: str, layer: int, documents: Sequence[PlacedDocument]) -> bool:
+        """Tell whether all that is stored of some documents is finite."""
+        import torch
+
+        for document in documents:
+            low, high = torch.aminmax(as_tensor(self.stored(site, layer, document)))  # NaN wins in both
+            if not math.isfinite(low.item()) or not math.isfinite(high.item()):
+                return False
+        return True
 
 
 _HUGE = 32 << 20
@@ -161,13 +179,10 @@ def _untouched(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]
 
 
 def _pack(pattern: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
-    """Copy a pattern ``[head, query, key]`` into its causal triangle ``[head, pair]``, or one that is packed already.
+    """Copy a pattern ``[head, query, key]`` into its causal triangle ``[head, pair]``.
 
     Query by query, which is nine times as fast as gathering single pairs.
     """
-    if pattern.ndim == 2:
-        target[...] = pattern
-        return
     start = 0
     for query in range(pattern.shape[1]):
         stop = start + query + 1
@@ -183,7 +198,7 @@ def run_batch(
     *,
     overflow: Overflow = "stop",
 ) -> None:
-    """Forward one batch; each site and layer is unpadded and cast on the device, and copied once to its rows.
+    """Forward one batch; each site and layer is unpadded, cast and copied once to its rows.
 
     The LM head is not run. On CUDA the last values may still be under way: ``staging.drain()`` waits for them.
 
@@ -230,23 +245,24 @@ def _taker(
     import torch
 
     lengths = [document.n_tokens for document in placed]
-    dtype = buffer.manifest.dtype
+    rows, dtype = SITES[site].rows, buffer.manifest.dtype
+    stored = torch.float32 if rows == "document" else getattr(torch, dtype)
+    ran_in: list[str] = []
 
-    rows = SITES[site].rows
-
-    def deliver(values: list[npt.NDArray[Any]], is_finite: bool) -> None:
-        if not is_finite and (found := _find_nonfinite(values, placed, rows, dtype)).documents:
+    def deliver(values: list[torch.Tensor], is_finite: bool | None) -> None:
+        buffer.place(site, layer, placed, values)
+        if is_finite is None:
+            is_finite = buffer.is_finite(site, layer, placed)
+        if not is_finite:
+            found = _find_nonfinite(buffer, site, layer, placed)
             if overflow == "stop":
                 raise _overflow(found, site, layer, dtype, computed=ran_in[0])
             buffer.nonfinite[site] += found.n_nan + found.n_infinite
-        buffer.place(site, layer, placed, values)
-
-    ran_in: list[str] = []
 
     def take(value: torch.Tensor) -> None:
         ran_in[:] = [str(value.dtype).removeprefix("torch.")]
-        cast = band_sums(value, lengths) if rows == "document" else staging.cast(value, getattr(torch, dtype))
-        staging.put(cast, rows, lengths, deliver)
+        value = band_sums(value, lengths) if rows == "document" else value
+        staging.put(value, rows, lengths, deliver, dtype=stored)
 
     return take
 
@@ -259,16 +275,14 @@ class _NonFinite:
 
 
 def _find_nonfinite(
-    values: Sequence[npt.NDArray[Any]], placed: Sequence[PlacedDocument], rows: str, dtype: str
+    buffer: PartitionBuffer, site: str, layer: int, placed: Sequence[PlacedDocument]
 ) -> _NonFinite:
-    """Count what is not finite among the values of a batch that are stored, and name the documents."""
+    """Count what is not finite among the values that are stored of a batch, and name the documents."""
     n_nan = n_infinite = 0
     documents = []
-    for document, given in zip(placed, values, strict=True):
-        numbers = decode(given, dtype) if given.dtype == np.uint16 else given
-        if rows == "pair" and numbers.ndim == 3:
-            numbers = numbers[:, *np.tril_indices(document.n_tokens)]
-        nan, infinite = int(np.isnan(numbers).sum()), int(np.isinf(numbers).sum())
+    for document in placed:
+        values = as_tensor(buffer.stored(site, layer, document))
+        nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
         n_nan, n_infinite = n_nan + nan, n_infinite + infinite
         if nan or infinite:
             documents.append(document.number)

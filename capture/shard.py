@@ -7,6 +7,9 @@ to end. The arrays stay ordinary Zarr arrays: Zarr reads what is written here.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import google_crc32c
@@ -14,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs import blosc
 
-__all__ = ["CODECS", "checksum", "encode_shard", "seal"]
+__all__ = ["CODECS", "checksum", "crc32_of", "encode_shard", "seal"]
 
 CODECS = {"none": 0, "lz4": 5, "zstd": 3}
 """Blosc's compressor → its level; bits are shuffled first, because floats share exponents and not bytes."""
@@ -28,12 +31,17 @@ def checksum(content: npt.NDArray[np.uint8]) -> int:
     return int(google_crc32c.value(content))
 
 
+def crc32_of(pieces: Iterable[bytes | memoryview]) -> int:
+    """Return the CRC-32 of pieces laid end to end."""
+    return reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces, 0)
+
+
 def encode_shard(
     values: npt.NDArray[Any], *, chunk_rows: int, n_used: int, codec: str = "none"
-) -> npt.NDArray[np.uint8]:
-    """Return the bytes of a shard: its used chunks, each with its CRC-32C, then the index with its own.
+) -> list[memoryview]:
+    """Return the pieces of a shard, to be laid end to end: its used chunks, then the index, each before its CRC-32C.
 
-    Copies the used values once.
+    Without a codec the chunks are views of the values: nothing is copied.
 
     Parameters
     ----------
@@ -56,23 +64,17 @@ def encode_shard(
     n_chunks = -(-n_used // chunk_rows)
     raw = np.ascontiguousarray(values).reshape(n_series, -1)
     chunk_values = chunk_rows * values.shape[2]
-    chunks = [
-        _compress(raw[series, chunk * chunk_values : (chunk + 1) * chunk_values], codec)
-        for series in range(n_series)
-        for chunk in range(n_chunks)
-    ]
     index = np.full((n_series, n_rows // chunk_rows, 2), _ABSENT, dtype="<u8")
-    shard = np.empty(sum(len(chunk) + 4 for chunk in chunks) + index.nbytes + 4, dtype=np.uint8)
-    start = 0
-    for number, chunk in enumerate(chunks):
-        stop = start + len(chunk)
-        shard[start:stop] = chunk
-        seal(shard, start, stop)
-        index[divmod(number, n_chunks)] = start, stop + 4 - start
-        start = stop + 4
-    shard[-index.nbytes - 4 : -4] = index.reshape(-1).view(np.uint8)
-    seal(shard, len(shard) - index.nbytes - 4, len(shard) - 4)
-    return shard
+    pieces, start = [], 0
+    for series in range(n_series):
+        for chunk in range(n_chunks):
+            content = raw[series, chunk * chunk_values : (chunk + 1) * chunk_values]
+            sealed = seal(_compress(content, codec))
+            nbytes = sum(map(len, sealed))
+            index[series, chunk] = start, nbytes
+            start += nbytes
+            pieces += sealed
+    return pieces + seal(index.reshape(-1).view(np.uint8))
 
 
 def _compress(chunk: npt.NDArray[Any], codec: str) -> npt.NDArray[np.uint8]:
@@ -84,6 +86,6 @@ def _compress(chunk: npt.NDArray[Any], codec: str) -> npt.NDArray[np.uint8]:
     return np.frombuffer(compressed, dtype=np.uint8)
 
 
-def seal(shard: npt.NDArray[np.uint8], start: int, stop: int) -> None:
-    """Write the checksum of a stretch right behind it."""
-    shard[stop : stop + 4] = np.array([checksum(shard[start:stop])], dtype="<u4").view(np.uint8)
+def seal(content: npt.NDArray[np.uint8]) -> list[memoryview]:
+    """Return some bytes and, as another piece, their checksum."""
+    return [content.data, memoryview(checksum(content).to_bytes(4, "little"))]

@@ -19,13 +19,13 @@ from .hooks import unpad
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Deliver", "Staging", "as_numpy"]
+__all__ = ["Deliver", "Staging", "as_numpy", "as_tensor"]
 
-Deliver = Callable[[list[npt.NDArray[Any]], bool], None]
-"""Takes a value on the host, document by document, and whether all of it is finite.
+Deliver = Callable[["list[torch.Tensor]", "bool | None"], None]
+"""Takes a value on the host, document by document, and whether all of it is finite; None where nobody has looked.
 
-A document is ``[token, width]``; a pattern ``[head, query, key]``, or ``[head, pair]`` where it was packed on the
-device; band sums ``[head, query set, sum]``.
+A document is ``[token, width]``, which may still be cast; a pattern ``[head, query, key]``, or ``[head, pair]`` where
+it was packed on the device; band sums ``[head, query set, sum]``.
 """
 
 Rows = Literal["token", "pair", "document"]
@@ -42,7 +42,16 @@ def as_numpy(value: torch.Tensor) -> npt.NDArray[Any]:
     return values
 
 
-def _split_padded(values: npt.NDArray[Any], rows: Rows, lengths: Sequence[int]) -> list[npt.NDArray[Any]]:
+def as_tensor(values: npt.NDArray[Any]) -> torch.Tensor:
+    """Return an array as a host tensor, without a copy; uint16 as the bits of bfloat16."""
+    import torch
+
+    if values.dtype == np.uint16:
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+def _split_padded(values: torch.Tensor, rows: Rows, lengths: Sequence[int]) -> list[torch.Tensor]:
     """Return views of each document of a padded batch."""
     if rows == "document":
         return list(values)
@@ -51,12 +60,13 @@ def _split_padded(values: npt.NDArray[Any], rows: Rows, lengths: Sequence[int]) 
     return [values[i, :n] for i, n in enumerate(lengths)]
 
 
-def _split_flat(values: npt.NDArray[Any], rows: Rows, lengths: Sequence[int]) -> list[npt.NDArray[Any]]:
+def _split_flat(values: torch.Tensor, rows: Rows, lengths: Sequence[int]) -> list[torch.Tensor]:
     """Return views of each document of what :func:`unpad` made."""
     if rows == "document":
         return list(values)
-    ends = np.cumsum([n_pairs(n) if rows == "pair" else n for n in lengths])
-    return np.split(values, ends[:-1], axis=1 if rows == "pair" else 0)
+    if rows == "pair":
+        return list(values.split([n_pairs(n) for n in lengths], dim=1))
+    return list(values.split(list(lengths)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,47 +134,51 @@ class Staging:
             self._coming.put(None)
             self._thread.join()
 
-    def cast(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return a value in another dtype, good until the next call.
+    def _cast_pattern(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return a pattern on the CPU in another dtype, good until the next call.
 
-        On the CPU always in the same memory: fresh memory costs a page fault for every 4 KiB, which is half of what
-        a capture takes beside its forward.
+        Always in the same memory: fresh memory costs a page fault for every 4 KiB.
         """
         import torch
 
-        if not self._is_direct or value.dtype == dtype:
-            return value.to(dtype)
+        if value.dtype == dtype:
+            return value
         if self._scratch is None or self._scratch.numel() < value.numel() or self._scratch.dtype != dtype:
             self._scratch = None  # before the larger one is made
             self._scratch = torch.empty(value.numel(), dtype=dtype)
         return self._scratch[: value.numel()].view(value.shape).copy_(value)
 
-    def put(self, value: torch.Tensor, rows: Rows, lengths: Sequence[int], deliver: Deliver) -> None:
+    def put(
+        self, value: torch.Tensor, rows: Rows, lengths: Sequence[int], deliver: Deliver, *, dtype: torch.dtype
+    ) -> None:
         """Take a value off its device. What ``deliver`` raises is raised here, on CUDA by a later call.
 
-        On CUDA padding and future keys stay behind; on the CPU leaving them out is left to whoever copies.
+        On CUDA it is cast, and padding and future keys stay behind; on the CPU leaving them out, and casting tokens,
+        is left to whoever copies.
 
         Parameters
         ----------
         value : torch.Tensor
-            In the stored dtype; ``[batch, position, width]``, ``[batch, head, query, key]`` where ``rows`` is
-            ``pair``, or one item a document.
+            ``[batch, position, width]``, ``[batch, head, query, key]`` where ``rows`` is ``pair``, or one item a
+            document.
         rows : ``token``, ``pair`` or ``document``
             What the site's rows are.
         lengths : sequence of int
             Tokens of each document of the batch.
         deliver : callable
             Called once; the memory is taken back when it returns.
+        dtype : torch.dtype
+            The stored one.
         """
         import torch
 
         if self._is_direct:
-            low, high = torch.aminmax(value)  # NaN wins in both
-            deliver(
-                _split_padded(as_numpy(value), rows, lengths), bool((low.isfinite() & high.isfinite()).item())
-            )
+            # a triangle is copied query by query, and a cast of so few values at a time is slow
+            shown = self._cast_pattern(value, dtype) if rows == "pair" else value
+            deliver(_split_padded(shown, rows, lengths), None)
             return
         self._raise_failure()
+        value = value.to(dtype)
         flat = value if rows == "document" else unpad(value, lengths)
         low, high = torch.aminmax(flat)
         is_finite = low.isfinite() & high.isfinite()
@@ -185,7 +199,7 @@ class Staging:
             try:
                 if self._failure is None:
                     event.synchronize()
-                    deliver(_split_flat(as_numpy(shown), rows, lengths), bool(slot.is_finite))
+                    deliver(_split_flat(shown, rows, lengths), bool(slot.is_finite))
             finally:
                 self._free.put(slot)
 

@@ -50,7 +50,10 @@ def _keep_freed() -> None:
 
 
 def _give_back_freed() -> None:
-    """Give back to the system what the last batch has let go of: glibc keeps it, scattered, for blocks to come."""
+    """Give back to the system what the last batches have let go of: glibc keeps it, scattered, for blocks to come.
+
+    The next batch then waits for the system to clear it again, page by page: a tenth of a forward on two cores.
+    """
     if malloc_trim := _of_glibc("malloc_trim"):
         malloc_trim(0)
 
@@ -167,8 +170,14 @@ class Worker:
                     self.progress(
                         "capture", done, total, nbytes=pipeline.nbytes_written, queued=pipeline.n_queued
                     )
-                    pipeline.reserve(buffer.nbytes([self.documents[number] for number in batch]))
-                    _give_back_freed()
+                    nbytes = buffer.nbytes([self.documents[number] for number in batch])
+                    pipeline.reserve(nbytes)
+                    taken = peak.taken_nbytes()
+                    if (
+                        taken is not None
+                        and taken + nbytes + self.memory.ahead_nbytes > self.memory.max_nbytes
+                    ):
+                        _give_back_freed()
                     run_batch(self.model, buffer, batch, staging, overflow=self.overflow)
                     done += sum(self.documents[number].n_tokens for number in batch)
                 staging.then(lambda buffer=buffer: pipeline.write(buffer))  # type: ignore[misc]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from ..catalog.stores import Store
 from ..catalog.tables import attn_band_table, to_parquet
 from .metadata import GROUP, array_metadata
 from .partition import PartitionBuffer
-from .shard import encode_shard
+from .shard import crc32_of, encode_shard
 
 __all__ = ["create_arrays", "object_keys", "write_object", "write_partition"]
 
@@ -87,18 +86,18 @@ def write_object(
     An object's own checksum is CRC-32: the CRC-32C of bytes that carry their CRC-32C is the same for all
     bytes of that length, so that it would not tell one shard from another.
 
-    Copies the values once. Chunks without a used row are not written.
+    Without a codec the values are not copied. Chunks without a used row are not written.
     """
-    content = _shard(manifest, buffer, site, layer) if layer is not None else _table(manifest, buffer, site)
+    pieces = _shard(manifest, buffer, site, layer) if layer is not None else _table(manifest, buffer, site)
     name = object_name(SITES[site], layer or 0, buffer.work.index)
-    store.write(f"{run_path(manifest.run_id)}/{name}", content)
+    store.write(f"{run_path(manifest.run_id)}/{name}", *pieces)
     return {
-        "name": name, "site": site, "layer": layer, "partition": buffer.work.index, "nbytes": len(content),
-        "crc32": f"{zlib.crc32(content):08x}",
+        "name": name, "site": site, "layer": layer, "partition": buffer.work.index, "nbytes": sum(map(len, pieces)),
+        "crc32": f"{crc32_of(pieces):08x}",
     }  # fmt: skip
 
 
-def _shard(manifest: Manifest, buffer: PartitionBuffer, site: str, layer: int) -> memoryview:
+def _shard(manifest: Manifest, buffer: PartitionBuffer, site: str, layer: int) -> list[memoryview]:
     used = manifest.partition(buffer.work.index)
     values, is_pair = buffer.values[site, layer], SITES[site].rows == "pair"
     return encode_shard(
@@ -106,16 +105,16 @@ def _shard(manifest: Manifest, buffer: PartitionBuffer, site: str, layer: int) -
         chunk_rows=manifest.geometry.chunk_rows[site],
         n_used=used.n_pairs if is_pair else used.n_rows,
         codec=manifest.codec,
-    ).data
+    )
 
 
-def _table(manifest: Manifest, buffer: PartitionBuffer, site: str) -> memoryview:
+def _table(manifest: Manifest, buffer: PartitionBuffer, site: str) -> list[memoryview]:
     layers = [buffer.values[site, layer] for layer in range(manifest.shape.n_layers)]
     numbers, lengths = (
         np.array([getattr(document, field) for document in buffer.documents.values()], dtype=np.int64)
         for field in ("number", "n_tokens")
     )
-    return memoryview(to_parquet(attn_band_table(numbers, lengths, np.stack(layers, axis=1))))
+    return [memoryview(to_parquet(attn_band_table(numbers, lengths, np.stack(layers, axis=1))))]
 
 
 def write_partition(store: Store, manifest: Manifest, buffer: PartitionBuffer) -> list[dict[str, Any]]:

@@ -34,15 +34,15 @@ def check_folder(path: Path) -> None:
         )
 
 
-def put_file(path: Path, content: bytes | memoryview, *, create: bool) -> None:
+def put_file(path: Path, *pieces: bytes | memoryview, create: bool) -> None:
     """Write a file under another name, ``.….partial``, and give it its own when it is whole.
 
     Parameters
     ----------
     path : Path
         The file; its folders are made if need be.
-    content : bytes
-        What is in it.
+    *pieces : bytes-like
+        What is in it, end to end.
     create : bool
         Whether it must not exist yet.
 
@@ -60,7 +60,8 @@ def put_file(path: Path, content: bytes | memoryview, *, create: bool) -> None:
         raise StoreError(f"'{path.parent}' could not be made.") from None
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
         if create:
             _link(temporary, path)
         else:

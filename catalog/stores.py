@@ -197,9 +197,9 @@ class Store:
             )
         return value
 
-    def write(self, name: str, content: bytes | memoryview) -> None:
-        """Write or replace an object, all at once."""
-        self._put(name, content, create=False)
+    def write(self, name: str, *pieces: bytes | memoryview) -> None:
+        """Write or replace an object, all at once: the pieces end to end, which only a remote store must first join."""
+        self._put(name, *pieces, create=False)
 
     def create(self, name: str, content: bytes) -> None:
         """Write an object that must not exist yet; FileExistsError if it does. Atomic: one of many wins.
@@ -209,18 +209,19 @@ class Store:
         """
         self._put(name, content, create=True)
 
-    def _put(self, name: str, content: bytes | memoryview, *, create: bool) -> None:
+    def _put(self, name: str, *pieces: bytes | memoryview, create: bool) -> None:
         if self.is_local:
             self._retried(
                 "written",
                 name,
-                lambda: put_file(Path(self._path(name)), content, create=create),
+                lambda: put_file(Path(self._path(name)), *pieces, create=create),
                 # somebody has removed the folder, empty as it was
                 is_worth_it=lambda error: is_transient(error) or isinstance(error, FileNotFoundError),
             )
             return
         try:
-            self._retried("written", name, lambda: self._put_remote(name, bytes(content), create=create))
+            content = b"".join(pieces)
+            self._retried("written", name, lambda: self._put_remote(name, content, create=create))
         except FileNotFoundError as error:
             raise StoreError(
                 f"{self.url}/{name} could not be written: there is no such bucket. {error}",

@@ -17,6 +17,7 @@ from layerlake.capture.model_store import write_model
 from layerlake.capture.partition import PartitionBuffer, PlacedDocument
 from layerlake.capture.phases import finalise_capture, init_capture
 from layerlake.capture.placement import EncodedDocument, Prompt, place_documents
+from layerlake.capture.staging import as_tensor
 from layerlake.capture.writer import write_partition
 from layerlake.catalog.bands import band_sums
 from layerlake.catalog.lake import Lake, create_lake
@@ -177,7 +178,7 @@ def build_run(
             picked = _pick(site, layer, arrays, lengths, batch.batches[0])
             if SITES[site].is_array:
                 picked = [_encode(each, dtype) for each in picked]
-            buffer.place(site, layer, inside, picked)
+            buffer.place(site, layer, inside, [as_tensor(each) for each in picked])
         write_ledger(store, plan, item.index, write_partition(store, manifest, buffer))
     return Run(store, finalise_capture(store, plan))
 

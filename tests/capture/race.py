@@ -43,9 +43,9 @@ class Stepping(Store):
         self._step()
         return super().list(name)
 
-    def write(self, name: str, content: bytes | memoryview) -> None:
+    def write(self, name: str, *pieces: bytes | memoryview) -> None:
         self._step(is_last_look=True)
-        super().write(name, content)
+        super().write(name, *pieces)
 
     def create(self, name: str, content: bytes) -> None:
         self._step(is_last_look=True)

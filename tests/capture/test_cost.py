@@ -119,8 +119,8 @@ class CountingStore(Store):
 
     puts: ClassVar[Counter[str]] = Counter()
 
-    def _put(self, name: str, content: bytes | memoryview, *, create: bool) -> None:
-        super()._put(name, content, create=create)
+    def _put(self, name: str, *pieces: bytes | memoryview, create: bool) -> None:
+        super()._put(name, *pieces, create=create)
         type(self).puts[name] += 1
 
 

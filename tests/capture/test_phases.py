@@ -250,8 +250,8 @@ def test_a_writer_that_wakes_after_the_commit_writes_nothing(
     late: list[str] = []
     write = Stepping.write
 
-    def note(store: Stepping, name: str, content: bytes | memoryview) -> None:
-        write(store, name, content)
+    def note(store: Stepping, name: str, *pieces: bytes | memoryview) -> None:
+        write(store, name, *pieces)
         if Store(store.url).list(f"runs/{RUN_ID}/log") and ("activations" in name or "attn_band" in name):
             late.append(name)
 

@@ -43,10 +43,10 @@ class GatedStore(Store):
         self.gate = threading.Semaphore(0)
         self.written: list[str] = []
 
-    def write(self, name: str, content: bytes | memoryview) -> None:
+    def write(self, name: str, *pieces: bytes | memoryview) -> None:
         assert self.gate.acquire(timeout=TIMEOUT_S)
         self.written.append(name)
-        super().write(name, content)
+        super().write(name, *pieces)
 
     def let_go(self, n: int = 1000) -> None:
         self.gate.release(n)
@@ -365,10 +365,11 @@ class ThreadedStaging(Staging):
     def wait(self) -> None:
         self.gate.wait(TIMEOUT_S)
 
-    def put(self, value: torch.Tensor, rows: Any, lengths: Any, deliver: Any) -> None:
+    def put(self, value: torch.Tensor, rows: Any, lengths: Any, deliver: Any, *, dtype: torch.dtype) -> None:
         assert rows == "token"
         self._raise_failure()
-        copies = [each[: lengths[i]].numpy() for i, each in enumerate(value.clone())]
+        value = value.to(dtype, copy=True)
+        copies = [each[: lengths[i]] for i, each in enumerate(value)]
         self._coming.put(self.wait)
         self._coming.put(lambda: deliver(copies, is_finite=bool(value.isfinite().all())))
 

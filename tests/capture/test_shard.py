@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import google_crc32c
@@ -13,7 +14,11 @@ from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
-from layerlake.capture.shard import checksum, encode_shard
+from layerlake.capture.shard import checksum, crc32_of, encode_shard
+
+
+def joined(pieces: list[memoryview]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.frombuffer(b"".join(pieces), dtype=np.uint8)
 
 
 def read_back(
@@ -50,7 +55,7 @@ def test_zarr_reads_what_was_encoded(
     n_used = data.draw(st.integers(1, n_rows))
     values = np.arange(n_series * n_rows * width).reshape(n_series, n_rows, width).astype(dtype)
     values[:, n_used:] = 0
-    shard = encode_shard(values, chunk_rows=chunk_rows, n_used=n_used)
+    shard = joined(encode_shard(values, chunk_rows=chunk_rows, n_used=n_used))
     np.testing.assert_array_equal(read_back(shard, values, chunk_rows), values)
     written = -(-n_used // chunk_rows) * n_series
     assert len(shard) == written * (values[0, :chunk_rows].nbytes + 4) + n_series * n_chunks * 16 + 4
@@ -58,7 +63,7 @@ def test_zarr_reads_what_was_encoded(
 
 def test_a_flipped_byte_of_a_chunk_or_of_the_index_is_noticed_by_zarr() -> None:
     values = np.arange(24, dtype=np.float32).reshape(2, 6, 2)
-    shard = encode_shard(values, chunk_rows=3, n_used=6)
+    shard = joined(encode_shard(values, chunk_rows=3, n_used=6))
     for at in (0, 5, len(shard) - 10):
         flipped = shard.copy()
         flipped[at] ^= 1
@@ -69,3 +74,13 @@ def test_a_flipped_byte_of_a_chunk_or_of_the_index_is_noticed_by_zarr() -> None:
 def test_the_checksum_is_crc32c() -> None:
     assert checksum(np.frombuffer(b"123456789", dtype=np.uint8)) == 0xE3069283
     assert google_crc32c.value(b"123456789") == 0xE3069283
+
+
+def test_the_checksum_of_pieces_is_that_of_the_whole() -> None:
+    assert crc32_of([b"123", memoryview(b""), b"456789"]) == zlib.crc32(b"123456789") == 0xCBF43926
+
+
+def test_without_a_codec_a_shard_is_views_of_the_values() -> None:
+    values = np.arange(24, dtype=np.float32).reshape(2, 6, 2)
+    first = encode_shard(values, chunk_rows=3, n_used=6)[0]
+    assert np.shares_memory(np.frombuffer(first, dtype=np.uint8), values)

@@ -24,10 +24,10 @@ class Taken:
 
     def __init__(self) -> None:
         self.values: list[list[Array]] = []
-        self.is_finite: list[bool] = []
+        self.is_finite: list[bool | None] = []
 
-    def __call__(self, values: list[Array], is_finite: bool) -> None:
-        self.values.append([value.copy() for value in values])
+    def __call__(self, values: list[torch.Tensor], is_finite: bool | None) -> None:
+        self.values.append([value.numpy().copy() for value in values])
         self.is_finite.append(is_finite)
 
 
@@ -67,7 +67,7 @@ def test_on_the_cpu_values_are_handed_on_at_once(rows: Rows) -> None:
     taken, called = Taken(), []
     with Staging(torch.device("cpu"), slot_nbytes=0, n_slots=0) as staging:
         value = make_batch(rows)
-        staging.put(value, rows, LENGTHS, taken)
+        staging.put(value, rows, LENGTHS, taken, dtype=torch.float32)
         assert same(taken.values[0], expected(rows, value, is_packed=False))
         staging.then(lambda: called.append(len(taken.values)))
         assert called == [1]
@@ -75,25 +75,15 @@ def test_on_the_cpu_values_are_handed_on_at_once(rows: Rows) -> None:
     assert staging.waited_s == 0
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite_are_noticed(bad: float) -> None:
-    taken, value = Taken(), make_batch("token")
-    with Staging(torch.device("cpu"), slot_nbytes=0, n_slots=0) as staging:
-        staging.put(value, "token", LENGTHS, taken)
-        value[1, 2, 3] = bad
-        staging.put(value, "token", LENGTHS, taken)
-    assert taken.is_finite == [True, False]
-
-
 def test_on_the_cpu_what_the_taker_raises_comes_out() -> None:
-    def refuse(_values: list[Array], _is_finite: bool) -> None:
+    def refuse(_values: list[torch.Tensor], _is_finite: bool | None) -> None:
         raise ValueError("no")
 
     with (
         pytest.raises(ValueError, match="no"),
         Staging(torch.device("cpu"), slot_nbytes=0, n_slots=0) as staging,
     ):
-        staging.put(make_batch("token"), "token", LENGTHS, refuse)
+        staging.put(make_batch("token"), "token", LENGTHS, refuse, dtype=torch.float32)
 
 
 def unpinned(empty: Any, *size: int, pin_memory: bool, **options: Any) -> torch.Tensor:
@@ -137,7 +127,7 @@ def test_the_ring_keeps_values_and_order(ring: Callable[..., Staging], rows: Row
     batches = [make_batch(rows, seed) for seed in range(9)]
     with ring(slot_nbytes=4096, n_slots=2) as staging:
         for i, batch in enumerate(batches):
-            staging.put(batch.to(device()), rows, LENGTHS, taken)
+            staging.put(batch.to(device()), rows, LENGTHS, taken, dtype=torch.float32)
             staging.then(lambda i=i: seen.append((i, len(taken.values))))  # type: ignore[misc]
         staging.drain()
         assert seen == [(i, i + 1) for i in range(9)]
@@ -146,16 +136,33 @@ def test_the_ring_keeps_values_and_order(ring: Callable[..., Staging], rows: Row
     assert taken.is_finite == [True] * 9
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_noticed_on_the_device(
+    ring: Callable[..., Staging], bad: float
+) -> None:
+    taken, value = Taken(), make_batch("token")
+    with ring(slot_nbytes=4096, n_slots=2) as staging:
+        staging.put(value.to(device()), "token", LENGTHS, taken, dtype=torch.float32)
+        value = value.clone()
+        value[1, 2, 3] = bad
+        staging.put(value.to(device()), "token", LENGTHS, taken, dtype=torch.float32)
+        value = value.clone()
+        value[1, 2, 3], value[1, 0, 0] = 0, 1e6
+        staging.put(value.to(device()), "token", LENGTHS, taken, dtype=torch.float16)
+        staging.drain()
+    assert taken.is_finite == [True, False, False]
+
+
 def test_with_all_slots_taken_the_model_waits(ring: Callable[..., Staging], gate: threading.Event) -> None:
     n_put = 0
 
-    def wait(_values: list[Array], _is_finite: bool) -> None:
+    def wait(_values: list[torch.Tensor], _is_finite: bool | None) -> None:
         gate.wait()
 
     def put_all(staging: Staging) -> None:
         nonlocal n_put
         for _ in range(5):
-            staging.put(make_batch("token").to(device()), "token", LENGTHS, wait)
+            staging.put(make_batch("token").to(device()), "token", LENGTHS, wait, dtype=torch.float32)
             n_put += 1
 
     with ring(slot_nbytes=4096, n_slots=2) as staging:
@@ -175,13 +182,13 @@ def test_a_failure_in_the_ring_is_told_and_raised_and_frees_the_slots(ring: Call
     told: list[BaseException] = []
     called: list[int] = []
 
-    def refuse(_values: list[Array], _is_finite: bool) -> None:
+    def refuse(_values: list[torch.Tensor], _is_finite: bool | None) -> None:
         raise ValueError("disk full")
 
     def put_many() -> None:
         with ring(slot_nbytes=4096, n_slots=2, on_failure=told.append) as staging:
             for _ in range(50):  # far more than there are slots
-                staging.put(make_batch("token").to(device()), "token", LENGTHS, refuse)
+                staging.put(make_batch("token").to(device()), "token", LENGTHS, refuse, dtype=torch.float32)
             staging.then(lambda: called.append(1))
             staging.drain()
 
@@ -197,7 +204,13 @@ def test_on_cuda_values_survive_that_their_memory_is_used_again() -> None:
     lengths = [512] * 8
     with Staging(torch.device("cuda"), slot_nbytes=64 << 20, n_slots=3) as staging:
         for i in range(32):
-            staging.put(torch.full((8, 512, 1024), float(i), device="cuda"), "token", lengths, taken)
+            staging.put(
+                torch.full((8, 512, 1024), float(i), device="cuda"),
+                "token",
+                lengths,
+                taken,
+                dtype=torch.float32,
+            )
         staging.drain()
     assert [float(values[-1].min()) for values in taken.values] == list(range(32))
     assert [float(values[-1].max()) for values in taken.values] == list(range(32))

@@ -263,7 +263,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for owner, name in ((Path, "replace"), (os, "link"), (Path, "write_bytes")):
+    for owner, name in ((Path, "replace"), (os, "link"), (Path, "open")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fail)
             action = store.create if name == "link" else store.write
@@ -396,18 +396,19 @@ def test_a_folder_that_vanishes_under_a_writer_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who deletes the last object of a folder removes the folder."""
-    store, write, calls = Store(tmp_path), Path.write_bytes, 0
+    store, opened, calls = Store(tmp_path), Path.open, 0
 
-    def too_late(path: Path, content: bytes) -> int:
+    def too_late(path: Path, mode: str) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
             path.parent.rmdir()
-        return write(path, content)
+        return opened(path, mode)
 
-    monkeypatch.setattr(Path, "write_bytes", too_late)
-    store.write("wip/1", b"x")
-    assert store.read("wip/1") == b"x"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", too_late)
+        store.write("wip/1", b"x", b"y")
+    assert store.read("wip/1") == b"xy"
     assert calls == 2
 
 
