@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ..catalog.errors import AnalysisError, SiteNotFound, did_you_mean
+from ..catalog.errors import AnalysisError, NotInLake, did_you_mean
 from ..catalog.findings import (
     Finding,
     FindingKey,
@@ -25,15 +24,24 @@ from ..catalog.run import Run
 from ..catalog.sites import ANALYSIS_SITES
 from ..catalog.stores import Store
 from .attention import ATTENTION_VERSION, ATTENTION_VIEWS, AttentionOptions, AttentionStatistic
+from .benchmarks import BENCHMARKS_VERSION, BENCHMARKS_VIEWS, score_benchmarks
 from .cka import CKA_VERSION, CKA_VIEWS, CkaOptions, CkaStatistic
 from .ing import ING_VERSION, ING_VIEWS, IngOptions, compute_ing
+from .inputs import Input, NoOptions, Scope
+from .intervention_summary import (
+    INTERVENTION_SUMMARY_VERSION,
+    INTERVENTION_SUMMARY_VIEWS,
+    summarise_interventions,
+)
 from .lens import LENS_VERSION, LENS_VIEWS, LensOptions, LensStatistic
 from .neurons import NEURONS_VERSION, NEURONS_VIEWS, NeuronOptions, NeuronStatistic
 from .nonfinite import find_nonfinite
 from .norms import NORMS_VERSION, NORMS_VIEWS, NormsOptions, NormsStatistic
 from .reduce import reduce_statistic, require_scheduler
+from .stages import STAGES_READS, STAGES_VERSION, STAGES_VIEWS, locate_stages
 from .statistic import State, Statistic, choose_sites
 from .subjoiner import SUBJOINER_VERSION, SUBJOINER_VIEWS, SubjoinerOptions, SubjoinerStatistic
+from .swap_cosines import SWAP_COSINES_VERSION, SWAP_COSINES_VIEWS, summarise_swap_cosines
 from .wic import WIC_VERSION, WIC_VIEWS, WicOptions, WicStatistic
 
 _STATE_NBYTES = 64 << 20
@@ -59,6 +67,10 @@ class Analysis:
     """Opens its statistic for a run and options; None where several build on each other."""
     compute: Callable[..., dict[str, pa.Table]] | None = None
     """``compute(run, options, scheduler=…, progress=…)`` → view → table, where there is no single statistic."""
+    reads: Mapping[str, Scope] = field(default_factory=dict)
+    """The views of findings that it builds on, and whose; it then reads no activations itself."""
+    combine: Callable[[Run, Any, Mapping[str, Input]], dict[str, pa.Table]] | None = None
+    """``combine(run, options, inputs)`` → view → table, of what builds on findings."""
 
     @property
     def sites(self) -> tuple[tuple[str, ...], ...]:
@@ -109,6 +121,26 @@ ANALYSES: dict[str, Analysis] = {
             "norms", "Norms of attention and MLP outputs, alone and beside the residual stream.",
             NORMS_VERSION, NORMS_VIEWS, NormsOptions, NormsStatistic.open,
         ),
+        Analysis(
+            "intervention_summary", "What each intervention does to the output, on average.",
+            INTERVENTION_SUMMARY_VERSION, INTERVENTION_SUMMARY_VIEWS, NoOptions, None,
+            reads={"interventions": "run"}, combine=summarise_interventions,
+        ),
+        Analysis(
+            "swap_cosines", "How like what attention and MLP give stays when two neighbouring layers change places.",
+            SWAP_COSINES_VERSION, SWAP_COSINES_VIEWS, NoOptions, None,
+            reads={"swap_cosine_documents": "run"}, combine=summarise_swap_cosines,
+        ),
+        Analysis(
+            "benchmarks", "Accuracy under each intervention. Of runs of the tasks lambada, arc_easy and hellaswag.",
+            BENCHMARKS_VERSION, BENCHMARKS_VIEWS, NoOptions, None,
+            reads={"interventions": "run"}, combine=score_benchmarks,
+        ),
+        Analysis(
+            "stages", "The four stages of inference: what marks each of them, where, and what speaks against it.",
+            STAGES_VERSION, STAGES_VIEWS, NoOptions, None,
+            reads=STAGES_READS, combine=locate_stages,
+        ),
     )
 }  # fmt: skip
 """Every analysis by name, in the order in which a report shows them."""
@@ -140,7 +172,8 @@ def run_analysis(
         As in :func:`layerlake.analyze.reduce.reduce_statistic`.
     exclude_nonfinite : bool
         Leave out documents that hold a value that is NaN or infinite in a site that is read, instead of raising
-        AnalysisError. The sites are read once more for it; which documents it are is part of the finding's key.
+        AnalysisError. The sites are read once more for it; which documents they are is part of the finding's key, and
+        how many is the column ``n_excluded``.
 
     Raises
     ------
@@ -198,7 +231,7 @@ def run_all(
                         lake, analysis, run, analysis.options(), scheduler=scheduler, progress=progress
                     )
                 )
-            except (AnalysisError, SiteNotFound) as error:
+            except (AnalysisError, NotInLake) as error:
                 skipped.append(
                     Skipped(run.run_id, analysis.name, " ".join(filter(None, (str(error), error.hint))))
                 )
@@ -211,7 +244,13 @@ def _find_or_compute(
     lake: Lake, analysis: Analysis, run: Run, options: Any, *, scheduler: str, progress: bool
 ) -> Finding:
     """Read the memoised finding of one run, or compute and keep it."""
-    key = FindingKey(analysis.name, analysis.version, run.run_id, asdict(options), _extents(analysis, run))
+    params = {**asdict(options), "n_excluded": len(run.excluded)}
+    sites = choose_sites(run, analysis.sites)
+    inputs = {
+        view: _input(lake, view, scope, run, scheduler=scheduler, progress=progress)
+        for view, scope in analysis.reads.items()
+    }
+    key = FindingKey(analysis.name, analysis.version, run.run_id, params, _extents(run, sites, inputs))
     known = read_finding(lake.store, key, analysis.views)
     if known is not None:
         return known
@@ -224,8 +263,14 @@ def _find_or_compute(
         state = found if _is_kept(statistic, found) else None
     elif analysis.compute is not None:
         tables = analysis.compute(run, options, scheduler=scheduler, progress=progress)
+    elif analysis.combine is not None:
+        tables = analysis.combine(run, options, inputs)
     else:
         raise TypeError(f"Analysis '{analysis.name}' neither opens a statistic nor computes its tables.")
+    tables = {
+        view: table.append_column("n_excluded", pa.repeat(len(run.excluded), len(table)))
+        for view, table in tables.items()
+    }
     kept = {} if state is None else {state_view(analysis.name): _state_table(run, state)}
     write_finding(lake.store, Finding(analysis.name, tables | kept, (key,)))
     return Finding(analysis.name, tables, (key,))
@@ -240,27 +285,58 @@ def _state_table(run: Run, state: State) -> pa.Table:
 def _is_kept(statistic: Statistic[Any], state: State) -> bool:
     """Tell whether a longer extent of the run can make use of a state that is not too large to keep."""
     units = statistic.units()
-    return bool(units) and statistic.keys(units[0]) is not None and state.values.nbytes <= _STATE_NBYTES
+    is_reusable = statistic.is_extendable and bool(units) and statistic.keys(units[0]) is not None
+    return is_reusable and state.values.nbytes <= _STATE_NBYTES
 
 
 def _read_state(store: Store, key: FindingKey, statistic: Statistic[Any]) -> State | None:
-    """Return what the analysis has kept of another extent of the run, the largest."""
+    """Return what the analysis has kept of another extent of the run, the largest that has left out the same."""
     view = state_view(key.analysis)
-    same = [
-        table
-        for table in newest_findings(list_findings(store, view))
-        if (table.key.version, table.key.run, table.key.params) == (key.version, key.run, key.params)
-        and table.key.extents.keys() == key.extents.keys()  # the same sites
+    fitting = [
+        table for table in list_findings(store, view) if _without_extents(table.key) == _without_extents(key)
     ]
-    if not same:
+    if not fitting:
         return None
-    with store.open(same[0].path) as file:
-        return State.of_table(pq.read_table(file), statistic.zero())
+    held = read_finding(store, max(fitting, key=lambda table: table.n_tokens).key, [view])
+    return State.of_table(held.table, statistic.zero()) if held is not None else None
 
 
-def _extents(analysis: Analysis, run: Run) -> dict[str, Any]:
+def _without_extents(key: FindingKey) -> FindingKey:
+    """Return a key without how much was read: it still says of which sites, and which documents were left out."""
+    return replace(key, extents={site: extent.get("excluded") for site, extent in key.extents.items()})
+
+
+def _input(lake: Lake, view: str, scope: Scope, run: Run, *, scheduler: str, progress: bool) -> Input:
+    """Find what an analysis builds on.
+
+    Of the run itself: what the view's analysis finds with its defaults, computed if need be; or all parts of a view
+    that no analysis makes. Of the run's model: what is stored, of any of its runs, with the defaults.
+    """
+    maker = next((analysis for analysis in ANALYSES.values() if view in analysis.views), None)
+    if maker is not None and scope == "run":
+        try:
+            found = _find_or_compute(
+                lake, maker, run, maker.options(), scheduler=scheduler, progress=progress
+            )
+        except (AnalysisError, NotInLake) as error:
+            return Input(lake.store, view, (), " ".join(filter(None, (str(error), error.hint))))
+        return Input(lake.store, view, found.keys)
+    model = run.manifest.model_id
+    of = {run.run_id} if scope == "run" else {r.run_id for r in lake.runs() if r.manifest.model_id == model}
+    defaults = None if maker is None else {**asdict(maker.options()), "n_excluded": 0}
+    stored = [
+        table.key
+        for table in newest_findings(list_findings(lake.store, view))
+        if table.key.run in of and defaults in (None, dict(table.key.params))
+    ]
+    return Input(lake.store, view, tuple(sorted(stored, key=lambda key: key.digest)))
+
+
+def _extents(run: Run, sites: Sequence[str], inputs: Mapping[str, Input]) -> dict[str, Any]:
     """Return what of the run decides the result, for the memo key."""
-    sites = choose_sites(run, analysis.sites)
+    if inputs:
+        excluded = {"excluded": sorted(run.excluded)} if run.excluded else {}
+        return {view: {**found.extent, **excluded} for view, found in inputs.items()}
     if not sites:
         return {"weights": {"n_tokens": 0, "model_id": run.manifest.model_id}}
     return {site: run.extent(site) for site in sites}
@@ -284,12 +360,12 @@ def _options(analysis: Analysis, given: Any) -> Any:
             raise AnalysisError(f"{type(given).__name__} are not the options of '{analysis.name}'.")
         given = {item.name: getattr(given, item.name) for item in fields(given)}
     types = get_type_hints(analysis.options)
-    for option, value in dict[str, Any](given).items():
-        _check_option(analysis, types, option, value)
-    return analysis.options(**given)
+    checked = {option: _check_option(analysis, types, option, value) for option, value in dict(given).items()}
+    return analysis.options(**checked)
 
 
-def _check_option(analysis: Analysis, types: Mapping[str, Any], option: str, value: Any) -> None:
+def _check_option(analysis: Analysis, types: Mapping[str, Any], option: str, value: Any) -> Any:
+    """Return the value of an option: of its type, so that one number is one parameter."""
     if option not in types:
         raise AnalysisError(
             f"Analysis '{analysis.name}' has no option '{option}'.{did_you_mean(option, types)}",
@@ -303,7 +379,11 @@ def _check_option(analysis: Analysis, types: Mapping[str, Any], option: str, val
                 f"Option {option} of '{analysis.name}' cannot be {value!r}.{did_you_mean(str(value), choices)}",
                 hint=f"It is one of: {', '.join(choices)}.",
             )
-    elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        if kind is float and type(value) is int:
-            return
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise AnalysisError(f"Option {option} of '{analysis.name}' is a {kind.__name__}, not {value!r}.")
+    if option == "seed" and value < 0:
+        raise AnalysisError(f"Option seed of '{analysis.name}' is at least 0, not {value}.")
+    return value

@@ -31,7 +31,7 @@ __all__ = [
     "AttentionStatistic",
 ]
 
-ATTENTION_VERSION = 1
+ATTENTION_VERSION = 2
 ATTENTION_VIEWS = ("attention_locality",)
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -173,8 +173,12 @@ class AttentionStatistic(Statistic[AttentionBlock]):
         ``mean_weight`` is the mean over heads and queries at exactly that distance, ``cumulative_weight`` its
         sum over the distances 1 … ``distance`` and ``uniform_weight`` what uniform attention would give for it
         (``uniform_mean_weight``: at exactly that distance). ``per_distance_weight`` is the mean over those
-        distances; in the authors' variant it is pooled as in their code, documents weighing equally.
+        distances (at distance 0, the weight there); in the authors' variant it is pooled as in their code, documents
+        weighing equally.
         ``bos_weight`` is the weight on position 0, BOS where the model has one, and is the same for all distances.
+
+        All documents are drawn again together, whatever their length, so that the distances of a cumulative weight
+        vary as one; at a distance that few of them have, draws that hold none of these are left out.
         """
         authors = self.options.variant == "authors"
         order = np.argsort(self.documents)  # the order of the state's keys
@@ -192,25 +196,23 @@ class AttentionStatistic(Statistic[AttentionBlock]):
             "distance": np.tile(np.arange(n_distances, dtype=np.int32), self.n_layers),
             **{name: np.concatenate([layer[name] for layer in layers]) for name in layers[0]},
             "n_queries": np.tile(counts.sum(axis=0)[:-1].astype(np.int64), self.n_layers),
-            "n_documents": np.full(self.n_layers * n_distances, used.sum(), dtype=np.int64),
+            "n_documents": np.tile(np.count_nonzero(counts, axis=0)[:-1], self.n_layers),
             "source": self.source,
         }
-        columns["reason"] = [
-            self._reason(n, lo) for n, lo in zip(columns["n_queries"], columns["mean_weight_lo"], strict=True)
-        ]
+        columns["reason"] = [self._reason(n) for n in columns["n_documents"]]
         return {"attention_locality": tidy_table(self.run, columns, self.key)}
 
-    def _reason(self, n_queries: int, lo: float) -> str | None:
-        if not n_queries:
+    def _reason(self, n_documents: int) -> str | None:
+        """Return why something is NULL."""
+        if not n_documents:
             longest = max(self.lengths, default=0)
             return f"no document has a query that counts: the longest has {longest} tokens"
-        return "no interval: too few documents have a query that counts" if np.isnan(lo) else None
+        return "no interval: only one document has a query that counts" if n_documents == 1 else None
 
     def _layer(self, sums: Doubles, counts: Doubles, uniform: Doubles) -> dict[str, Doubles]:
         """Return the columns of one layer, ``[distance]`` each, from ``[document, sum]``."""
-        n_documents = len(sums)
         # the authors pool the entries at distances 1 … k within a document, then weigh documents equally
-        pooled = ratio(np.cumsum(_previous(sums), axis=1), np.cumsum(_previous(counts), axis=1))
+        pooled = ratio(_up_to_distance(sums), _up_to_distance(counts))
         columns = np.concatenate([sums, counts, np.nan_to_num(pooled), np.isfinite(pooled)], axis=1)
         parts = np.cumsum([N_SUMS, N_SUMS, MAX_DISTANCE + 1])
 
@@ -222,7 +224,7 @@ class AttentionStatistic(Statistic[AttentionBlock]):
             if self.options.variant == "authors":
                 per_distance = ratio(in_documents, n_pooled)
             else:
-                per_distance = ratio(cumulative, np.arange(MAX_DISTANCE + 1))
+                per_distance = _up_to_distance(mean) / np.maximum(np.arange(MAX_DISTANCE + 1), 1)
             return {
                 "mean_weight": mean[..., :-1],
                 "cumulative_weight": cumulative,
@@ -231,8 +233,10 @@ class AttentionStatistic(Statistic[AttentionBlock]):
             }
 
         shown: dict[str, Doubles] = {}
-        replicates = means(bootstrap_sums(columns)) if n_documents else {}
+        replicates = means(bootstrap_sums(columns)) if len(sums) else {}
+        measured = np.count_nonzero(counts, axis=0)
         for name, value in means(columns.sum(axis=0)).items():
+            n_documents = measured[-1] if name == "bos_weight" else measured[:-1]
             lo, hi = percentile_interval(replicates.get(name, value[None]), n_documents=n_documents)
             shown |= {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
         expected = ratio(uniform.sum(axis=0), counts.sum(axis=0))
@@ -244,3 +248,10 @@ class AttentionStatistic(Statistic[AttentionBlock]):
 def _previous(values: Doubles) -> Doubles:
     """Return ``[…, sum]`` without BOS, and 0 for the query itself, which is no previous token."""
     return np.asarray(values[..., :-1] * (np.arange(MAX_DISTANCE + 1) > 0))
+
+
+def _up_to_distance(values: Doubles) -> Doubles:
+    """Return the sums over the distances 1 … d of ``[…, sum]``, and for d = 0 the one of the query itself."""
+    sums = np.cumsum(_previous(values), axis=-1)
+    sums[..., 0] = values[..., 0]
+    return sums

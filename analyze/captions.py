@@ -16,7 +16,10 @@ from . import charts, ing_charts, subjoiner_charts
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["FIGURES", "TITLES", "Figure"]
+__all__ = ["FIGURES", "TITLES", "Figure", "count_text", "remarks"]
+
+_N_REMARKS = 4
+_COUNTS = ("n_samples", "n_tokens", "n_queries", "n_prompts", "n_examples")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +29,16 @@ class Figure:
     analysis: str
     view: str
     title: str
-    draw: Callable[[pa.Table, Sequence[charts.Series]], Any]
+    draw: Callable[..., Any]
+    """``draw(table, series)``, for a chart by depth with ``axis``."""
     shows: str
     computed: str
     """May name parameters of the finding in braces."""
     reading: str
     source: str
     """Which figure of the paper shows the like."""
+    is_by_depth: bool = True
+    """Whether the chart takes ``axis``."""
     choices: Mapping[str, Mapping[Any, str]] = field(default_factory=dict)
     """For parameters whose values need words: parameter → value → what it means."""
 
@@ -72,8 +78,8 @@ FIGURES = (
         charts.lens_chart,
         shows="Every boundary of the residual stream is read as if it were the last one: the final norm and the "
         "unembedding are applied to it, from the embeddings (depth 0) to what the model itself unembeds (depth 1). "
-        "Top: the entropy of the distribution that comes out, and how far it is from the model’s own. "
-        "Bottom: its loss on the token that follows, and how often its first choice is the model’s.",
+        "First: the entropy of the distribution that comes out, and how far it is from the model’s own. "
+        "Then: its loss on the token that follows, and how often its first choice is the model’s.",
         computed="Means over tokens of the evaluation mask (position 1 to the last but one of each document), spread "
         "evenly where not all are taken. {scale} Bands: 95 % intervals, bootstrap over documents.",
         reading="A plateau of high loss and KL says that the layers below it work on something else than the next "
@@ -107,6 +113,7 @@ FIGURES = (
         "layers that keep one representation, their edges the places where it changes. The unbiased estimator can be "
         "a little below 0: such a cell has the colour of 0. A grey cell has no value; its tooltip says why.",
         source="Figures 5b, 5c and 14",
+        is_by_depth=False,
         choices={
             "samples": {
                 "last_token": "A sample is the last token of a document; batches follow the order of the documents.",
@@ -133,8 +140,8 @@ FIGURES = (
         "attention_locality",
         "Attention on the previous five tokens, and on BOS",
         charts.attention_locality_chart,
-        shows="Left: the share of its attention that a token gives to the five tokens before it; dashed, what "
-        "attention spread evenly over all tokens up to itself would give them. Right: the share that goes to the first "
+        shows="First: the share of its attention that a token gives to the five tokens before it; dashed, what "
+        "attention spread evenly over all tokens up to itself would give them. Then: the share that goes to the first "
         "position (BOS, where the model has one), where models park attention that they have no use for.",
         computed="Attention weights summed over distances 1 to 5, without the token itself; mean over heads and "
         "{variant}. Bands: 95 % intervals, bootstrap over documents.",
@@ -148,11 +155,12 @@ FIGURES = (
         "attention_locality",
         "Attention on the previous 1, 2, 4, 8 and 16 tokens",
         charts.attention_distance_chart,
-        shows="As the left of the figure above, for other reaches: each line is the attention on that many previous "
-        "tokens together.",
-        computed="Attention weights summed over distances 1 to k; mean over heads and {variant}.",
-        reading="The gap between two lines is the attention on the tokens between the two distances. Lines that lie "
-        "close together say that the nearest tokens have most of it.",
+        shows="The attention on so many previous tokens together; dashed, what attention spread evenly would give "
+        "them. All panels have the same axis.",
+        computed="Attention weights summed over distances 1 to k; mean over heads and {variant}. Bands: 95 % "
+        "intervals, bootstrap over documents.",
+        reading="What a line rises by from one panel to the next is the attention on the tokens between the two "
+        "distances. Lines that hardly rise say that the nearest tokens have most of it.",
         source="Figure 6a",
         choices={"variant": _QUERIES},
     ),
@@ -161,12 +169,12 @@ FIGURES = (
         "subjoiner",
         "Subjoiner heads by layer",
         subjoiner_charts.subjoiner_chart,
-        shows="Heads in which the last token of a word looks back at the word’s other tokens. Left: the score of each "
-        "layer’s best head. Right: the share of the layer’s heads that have a score above what chance gives.",
+        shows="Heads in which the last token of a word looks back at the word’s other tokens. First: the score of each "
+        "layer’s best head. Then: the share of the layer’s heads that have a score above what chance gives.",
         computed="Score: what the last token of a word of {word_tokens} tokens gives to the word’s other tokens, less "
         "what a word of one token gives to as many tokens before it. The words are found in the text, "
         "{words} words or more into their document, at most {per_document} of a class from one document; each is "
-        "paired with one of the other class near it. Right: q < 0.05, from permutations of the "
+        "paired with one of the other class near it. Heads above chance: q < 0.05, from permutations of the "
         "two labels within pairs, corrected over all heads of the model (Benjamini and Hochberg). Bands: 95 % "
         "intervals, bootstrap over documents.",
         reading="The paper finds such heads in the first layers, where tokens are put together to words. A head that "
@@ -189,6 +197,7 @@ FIGURES = (
         "first, and not at the same positions in the right one. Nothing is filtered here: the paper’s "
         "figure shows prompts that were picked for their attention to the word.",
         source="Figure 6b",
+        is_by_depth=False,
     ),
     Figure(
         "wic",
@@ -197,7 +206,7 @@ FIGURES = (
         charts.wic_chart,
         shows="How often a linear probe is right about whether a word means the same in two sentences, from the two "
         "states u and v of the word at one boundary of the residual stream (depth 0: the embeddings). The grey line is "
-        "chance. Top left: the measurement, whose probe sees where u and v differ and where they agree. The others are "
+        "chance. First: the measurement, whose probe sees where u and v differ and where they agree. The others are "
         "its controls.",
         computed="{pooling} Logistic regressions with an L2 penalty, on states standardised by {train_split}, fitted "
         "to that split and tested on the other. C is chosen on a tenth of the words, drawn {seeds} times with a seed; "
@@ -220,20 +229,21 @@ FIGURES = (
         "Probes for -ing",
         ing_charts.ing_chart,
         shows="How often a linear probe can tell from neurons whether the token that comes next ends in “-ing”. "
-        "Circles: one neuron at a time, blue for those that write towards such tokens, orange for those against "
+        "Circles: one neuron at a time, light blue for those that write towards such tokens, orange for those against "
         "them. Blue line: the best k together; grey line: as many random neurons of the same layers. Dashed: the model "
         "itself, by its first choice, and by the probability of all such tokens with a tuned threshold.",
         computed="Half of the examples end in “-ing”; the others are as frequent and begin with a blank as often. All "
         "have at least {context} tokens before them, and are read at the last of these. Logistic regressions with an "
         "L2 penalty on standardised activations, fitted to three fifths of the documents; a fifth ranks the neurons, a "
         "fifth is tested, and every document is tested once. The {top} neurons are those whose output weights set such "
-        "tokens apart most, among those with kurtosis above {min_kurtosis} or variance above {min_variance}. Bands: "
-        "95 % intervals, bootstrap over documents.",
+        "tokens apart most, among those with kurtosis above {min_kurtosis} or variance above {min_variance}. Bands, "
+        "and the bars of circles: 95 % intervals, bootstrap over documents.",
         reading="The paper finds ensembles that are better than the model’s first choice, and single suppression "
         "neurons nearly as good as it. A first choice has to be likelier than every other token, so it is a modest "
         "mark; the tuned probability says what the model knows. Where the grey line is as high as the blue one, the "
         "neurons are nothing special.",
         source="Figure 12a; Figure 10a of v1",
+        is_by_depth=False,
     ),
     Figure(
         "ing",
@@ -248,21 +258,53 @@ FIGURES = (
         reading="Orange to the right of blue, D > 0: the neuron speaks for the ending; to the left, it suppresses it. "
         "A random direction in d dimensions has a variance of 1/d, so in narrow models every neuron is a candidate.",
         source="Figures 9, 10 and 23",
+        is_by_depth=False,
     ),
     Figure(
         "norms",
         "norms",
         "Norms of what is added to the residual stream",
         charts.norms_chart,
-        shows="Top: the length of the vectors that attention and MLP add, and of the residual stream that they are "
-        "added to. Bottom: both relative to that stream, and attention relative to the MLP (the line marks equality).",
+        shows="The length of the vectors that attention and MLP add, and of the residual stream that they are "
+        "added to; then both relative to that stream, and attention relative to the MLP (the line marks equality).",
         computed="Euclidean norms over the tokens of the evaluation mask, position 0 left out; "
-        "of models with LayerNorm after subtracting the mean over d_model, which the norm removes. Top: means over "
-        "tokens, and bands from the 10th to the 90th percentile. Bottom: ratios of the means, with 95 % intervals "
-        "(bootstrap over documents). Logarithmic axes.",
+        "of models with LayerNorm after subtracting the mean over d_model, which the norm removes. Lines are means "
+        "over tokens, and ratios of means. Bands about them: 95 % intervals, bootstrap over documents, often no wider "
+        "than the line. The wide, paler bands of the lengths: the tokens themselves, from the 10th to the 90th "
+        "percentile. Logarithmic axes.",
         reading="The stream grows with depth, so the same length matters less and less. The paper finds that MLP "
         "outputs grow and peak in the last layers, and that attention weighs most early.",
         source="Figures 12b and 22; Figures 5 and 7 of v1",
     ),
 )
 """The figures of the report, in their order."""
+
+
+def count_text(table: pa.Table, series: Sequence[charts.Series]) -> str:
+    """Say how many tokens, samples or documents of each run the numbers are means over."""
+    column = next((name for name in _COUNTS if name in table.column_names), None)
+    if column is None:
+        return ""
+    largest: dict[str, int] = {}
+    for run, n in zip(table["run"].to_pylist(), table[column].to_pylist(), strict=True):
+        largest[run] = max(largest.get(run, 0), n or 0)
+    unit = column.removeprefix("n_")
+    if len(set(largest.values())) == 1 and len(largest) > 1:
+        return f"{max(largest.values()):,} {unit} of each run"
+    return ", ".join(
+        f"{largest[item.run]:,} {unit} of {item.label}" for item in series if item.run in largest
+    )
+
+
+def remarks(table: pa.Table, series: Sequence[charts.Series]) -> list[str]:
+    """Say why values are missing, in the table's own words."""
+    labels = {item.run: item.label for item in series}
+    runs_of: dict[str, dict[str, None]] = {}
+    for name in ("reason", "note"):
+        if name in table.column_names:
+            for row in table.select(["run", name]).to_pylist():
+                if row[name]:
+                    runs_of.setdefault(row[name], {})[labels[row["run"]]] = None
+    said_of = [f"{', '.join(of)}: {said}." for said, of in runs_of.items()]
+    hidden = len(said_of) - _N_REMARKS
+    return said_of if hidden <= 0 else [*said_of[:_N_REMARKS], f"The table has {hidden} more."]

@@ -8,19 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .panels import (
-    N_TICKS,
-    WIDTH,
-    Panel,
-    Row,
-    Series,
-    concat,
-    depth_axis,
-    draw_lines,
-    series_colors,
-    table_rows,
-    value_scale,
-)
+from .panels import WIDTH, Panel, concat, draw_lines, wrapped
+from .series import Axis, Row, Series, relative_depth, series_colors, table_rows
 
 if TYPE_CHECKING:
     import altair as alt
@@ -28,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DISTANCES",
+    "Axis",
     "Series",
     "attention_distance_chart",
     "attention_locality_chart",
@@ -35,6 +25,7 @@ __all__ = [
     "lens_chart",
     "neurons_chart",
     "norms_chart",
+    "relative_depth",
     "series_colors",
     "wic_chart",
 ]
@@ -45,14 +36,14 @@ DISTANCES = (1, 2, 4, 8, 16)
 _CLASSES = ("prediction", "suppression")
 
 _PAIR_FEATURES = {
-    "interaction": "|u − v| and u ⊙ v",
+    "interaction": "|u−v| and u⊙v",
     "cosine": "the cosine of u and v",
     "concat": "u and v",
-    "concat_difference": "u, v and |u − v|",
+    "concat_difference": "u, v and |u−v|",
 }
 
 
-def lens_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
+def lens_chart(table: pa.Table, series: Sequence[Series], *, axis: Axis = "depth") -> alt.ConcatChart:
     """Draw what the logit lens sees at each boundary: entropy, KL to the final, loss, agreement.
 
     Parameters
@@ -61,8 +52,10 @@ def lens_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
         The view ``lens``, of one scale.
     series : sequence of Series
         The runs to draw, in the order of their colours.
+    axis : {'depth', 'paper'}
+        Where boundaries stand.
     """
-    rows = table_rows(table, series, "boundary")
+    rows = table_rows(table, series, "boundary", axis)
     panels = [
         Panel("entropy_bits", "entropy of the lens (bits)"),
         Panel("kl_final_lens_nats", "KL(final ‖ lens) (nats)"),
@@ -123,22 +116,27 @@ def cka_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
         )
         filled = base.transform_filter("isValid(datum.cka)").mark_rect().encode(color=color)
         void = base.transform_filter("!isValid(datum.cka)").mark_rect(color="#dddddd")
-        panels.append((filled + void).properties(width=size, height=size, title=item.label))
+        panels.append((filled + void).properties(width=size, height=size, title=wrapped(item.label, size)))
     return concat(panels, columns=columns, x="independent", y="independent")
 
 
-def neurons_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
+def neurons_chart(table: pa.Table, series: Sequence[Series], *, axis: Axis = "depth") -> alt.ConcatChart:
     """Draw the density of prediction and of suppression neurons in each layer.
 
     Parameters
     ----------
     table : pa.Table
-        The view ``neuron_counts``; a class that has no row in a layer counts as 0 there.
+        The view ``neuron_counts``, of which it draws the counts above the threshold of the classes; a class that has
+        no row in a layer counts as 0 there.
     series : sequence of Series
         The runs to draw.
+    axis : {'depth', 'paper'}
+        Where layers stand.
     """
     layers: dict[tuple[str, int], Row] = {}
-    for row in table_rows(table, series, "layer"):
+    for row in table_rows(table, series, "layer", axis):
+        if row["min_kurtosis"] != row["threshold"]:
+            continue
         point = layers.setdefault((row["run"], row["layer"]), row | dict.fromkeys(_CLASSES, 0.0))
         point[row["class"]], point[f"{row['class']}_n"] = row["density"], row["n_units"]
     panels = [
@@ -149,7 +147,7 @@ def neurons_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
 
 
 def attention_locality_chart(
-    table: pa.Table, series: Sequence[Series], *, distance: int = 5
+    table: pa.Table, series: Sequence[Series], *, distance: int = 5, axis: Axis = "depth"
 ) -> alt.ConcatChart:
     """Draw the attention on the previous tokens, dashed what uniform attention would give, and on BOS.
 
@@ -161,63 +159,51 @@ def attention_locality_chart(
         The runs to draw.
     distance : int
         How many previous tokens are summed; the query itself does not count.
+    axis : {'depth', 'paper'}
+        Where layers stand.
     """
-    rows = [row for row in table_rows(table, series, "layer") if row["distance"] == distance]
+    rows = [row for row in table_rows(table, series, "layer", axis) if row["distance"] == distance]
     panels = [
-        Panel("cumulative_weight", f"attention on the previous {distance} tokens", baseline="uniform_weight"),
+        Panel(
+            "cumulative_weight", f"attention on the previous {_tokens(distance)}", baseline="uniform_weight"
+        ),
         Panel("bos_weight", "attention on the first position"),
     ]
     return draw_lines(rows, series, panels, "layer", columns=2, height=230)
 
 
-def attention_distance_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
-    """Draw the attention on the previous 1, 2, 4, 8 and 16 tokens, summed, one panel a run."""
-    import altair as alt
-
-    rows = [row for row in table_rows(table, series, "layer") if row["distance"] in DISTANCES]
-    shown = [item for item in series if any(row["run"] == item.run for row in rows)]
-    columns = min(3, max(2, len(shown)))
-    opacity = alt.Opacity(
-        "distance:O",
-        scale=alt.Scale(domain=list(DISTANCES), range=[0.3, 1]),
-        legend=alt.Legend(
-            title="previous tokens",
-            titleOrient="left",
-            orient="top",
-            symbolType="stroke",
-            symbolStrokeWidth=3,
-        ),
-    )
-    names = ("layer", "depth", "distance", "cumulative_weight")
-    panels = []
-    for item in shown:
-        color = series_colors(series)[item.run]
-        own = [{name: row[name] for name in names} for row in rows if row["run"] == item.run]
-        panels.append(
-            alt.Chart(alt.InlineData(values=own))
-            .mark_line(color=color, strokeWidth=2, point=alt.OverlayMarkDef(color=color, size=26))
-            .encode(
-                x=depth_axis(),
-                y=alt.Y(
-                    "cumulative_weight:Q",
-                    title="attention",
-                    scale=value_scale(),
-                    axis=alt.Axis(tickCount=N_TICKS),
-                ),
-                opacity=opacity,
-                tooltip=[
-                    alt.Tooltip("layer:Q"),
-                    alt.Tooltip("depth:Q", title="relative depth", format=".3f"),
-                    alt.Tooltip("distance:Q", title="previous tokens"),
-                    alt.Tooltip("cumulative_weight:Q", title="attention on them"),
-                ],
-            )
-            .properties(width=WIDTH // columns - 70, height=190, title=item.label)
-        )
-    return concat(panels, columns=columns, y="shared", opacity="shared")
+def _tokens(n: int) -> str:
+    return f"{n} tokens" if n > 1 else "token"
 
 
-def wic_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
+def attention_distance_chart(
+    table: pa.Table, series: Sequence[Series], *, axis: Axis = "depth"
+) -> alt.ConcatChart:
+    """Draw the attention on the previous 1, 2, 4, 8 and 16 tokens, summed, dashed what uniform attention would give.
+
+    Parameters
+    ----------
+    table : pa.Table
+        The view ``attention_locality``.
+    series : sequence of Series
+        The runs to draw.
+    axis : {'depth', 'paper'}
+        Where layers stand.
+    """
+    layers: dict[tuple[str, int], Row] = {}
+    for row in table_rows(table, series, "layer", axis):
+        point, distance = layers.setdefault((row["run"], row["layer"]), row), row["distance"]
+        for end in ("", "_lo", "_hi"):
+            point[f"previous_{distance}{end}"] = row.get(f"cumulative_weight{end}")
+        point[f"uniform_{distance}"] = row["uniform_weight"]
+    panels = [
+        Panel(f"previous_{k}", f"attention on the previous {_tokens(k)}", baseline=f"uniform_{k}")
+        for k in DISTANCES
+    ]
+    return draw_lines(list(layers.values()), series, panels, "layer", columns=3, height=190, shared_y=True)
+
+
+def wic_chart(table: pa.Table, series: Sequence[Series], *, axis: Axis = "depth") -> alt.ConcatChart:
     """Draw the accuracy of the probes at each boundary, with chance; one panel for what they see of two states.
 
     Parameters
@@ -226,9 +212,11 @@ def wic_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
         The view ``wic_summary``.
     series : sequence of Series
         The runs to draw.
+    axis : {'depth', 'paper'}
+        Where boundaries stand.
     """
     boundaries: dict[tuple[str, int], Row] = {}
-    for row in table_rows(table, series, "boundary"):
+    for row in table_rows(table, series, "boundary", axis):
         point, name = boundaries.setdefault((row["run"], row["boundary"]), row), row["features"]
         for end in ("", "_lo", "_hi"):
             point[f"{name}{end}"] = row[f"accuracy{end}"]
@@ -248,28 +236,37 @@ def wic_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
     )
 
 
-def norms_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
+def norms_chart(table: pa.Table, series: Sequence[Series], *, axis: Axis = "depth") -> alt.ConcatChart:
     """Draw what attention and MLP add to the residual stream: norms, shares of the stream, their ratio.
 
     Parameters
     ----------
     table : pa.Table
-        The view ``norms``. The bands of the upper row are the 10th to 90th percentiles of the tokens.
+        The view ``norms``. Of the norms themselves, a paler band spans the 10th to 90th percentiles of the tokens.
     series : sequence of Series
         The runs to draw.
+    axis : {'depth', 'paper'}
+        Where layers stand.
     """
     layers: dict[tuple[str, int], Row] = {}
-    for row in table_rows(table, series, "layer"):
+    for row in table_rows(table, series, "layer", axis):
         point, name = layers.setdefault((row["run"], row["layer"]), row), row["component"]
-        point[name], point[f"{name}_median"] = row["mean_norm"], row["median_norm"]
-        point[f"{name}_lo"], point[f"{name}_hi"] = row["p10"], row["p90"]
+        point[f"{name}_median"] = row["median_norm"]
+        point[f"{name}_low"], point[f"{name}_high"] = row["p10"], row["p90"]
         for end in ("", "_lo", "_hi"):
+            point[f"{name}{end}"] = row.get(f"mean_norm{end}")
             point[f"{name}_relative{end}"] = row.get(f"relative_norm{end}")
             if name == "attn_out":
                 point[f"ratio{end}"] = row.get(f"attn_mlp_ratio{end}")
     panels = [
         *(
-            Panel(name, f"norm of {name}", log=True, band="10–90 %", notes=((f"{name}_median", "median"),))
+            Panel(
+                name,
+                f"norm of {name}",
+                log=True,
+                spread="10–90 % of the tokens",
+                notes=((f"{name}_median", "median"),),
+            )
             for name in ("attn_out", "mlp_out", "resid_pre")
         ),
         Panel("attn_out_relative", "‖attn_out‖ / ‖resid_pre‖", log=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
@@ -17,7 +17,7 @@ from .statistic import State, Statistic, Unit, read_rows, tidy_table
 
 __all__ = ["CKA_VERSION", "CKA_VIEWS", "CkaOptions", "CkaStatistic", "hsic_matrix"]
 
-CKA_VERSION = 1
+CKA_VERSION = 2
 CKA_VIEWS = ("cka",)
 
 MIN_ROWS = 4
@@ -33,7 +33,7 @@ Doubles = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class CkaOptions:
-    """Which tokens stand for a boundary, and how they are batched."""
+    """Which tokens stand for a boundary, how they are scaled, and how they are batched."""
 
     samples: Literal["last_token", "tokens_per_doc"] = field(
         default="last_token",
@@ -45,6 +45,13 @@ class CkaOptions:
     include_bos: bool = field(
         default=False,
         metadata={"help": "Whether tokens_per_doc keeps position 0, as the authors' code does."},
+    )
+    normed: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether each token's vector is divided by its root mean square first, as a norm would; a few "
+            "tokens of enormous length then count no more than the others."
+        },
     )
     batch: int = field(default=128, metadata={"help": "Documents of a batch of last tokens."})
 
@@ -59,9 +66,9 @@ class CkaOptions:
 class CkaStatistic(Statistic[tuple[int, list[npt.NDArray[Any]]]]):
     """HSIC between all pairs of boundaries, batch by batch.
 
-    A unit reads one batch at all boundaries together: N·(L + 1)·d_model values; the Gram matrices of all
-    boundaries take another (L + 1)·128·N·8 bytes. The state is (L + 1)²·8 bytes a batch. Batches follow the
-    order of the documents, so that they do not depend on how the run is stored.
+    A unit reads one batch at all boundaries together: N·(L + 1)·d_model values, and holds them once more in
+    float64; the Gram matrices of all boundaries take another (L + 1)·128·N·8 bytes. The state is (L + 1)²·8
+    bytes a batch. Batches follow the order of the documents, so that they do not depend on how the run is stored.
     """
 
     run: str
@@ -72,6 +79,10 @@ class CkaStatistic(Statistic[tuple[int, list[npt.NDArray[Any]]]]):
     """Tokens in no batch, because fewer than four were left for one."""
     n_boundaries: int
     d_model: int
+    centred: bool
+    """Whether each token's mean over d_model is subtracted: for LayerNorm, which never sees it."""
+    eps: float
+    """Of the model's norms."""
 
     @classmethod
     def open(cls, run: Run, options: CkaOptions) -> Self:
@@ -87,7 +98,12 @@ class CkaStatistic(Statistic[tuple[int, list[npt.NDArray[Any]]]]):
             batches = [np.arange(start + first, start + n) for start, n in zip(starts, lengths, strict=True)]
         kept = tuple(batch.astype(np.int64) for batch in batches if len(batch) >= MIN_ROWS)
         n_left_out = sum(map(len, batches)) - sum(map(len, kept))
-        return cls(run.run_id, options, kept, n_left_out, run.shape.n_layers + 1, run.shape.d_model)
+        shape = run.shape
+        centred = shape.norm == "layernorm"
+        n_boundaries = shape.n_layers + 1
+        return cls(
+            run.run_id, options, kept, n_left_out, n_boundaries, shape.d_model, centred, shape.norm_eps
+        )
 
     @property
     def key(self) -> Mapping[str, Any]:  # noqa: D102
@@ -113,7 +129,15 @@ class CkaStatistic(Statistic[tuple[int, list[npt.NDArray[Any]]]]):
     def measure(self, block: tuple[int, list[npt.NDArray[Any]]]) -> State:
         """Return the state of a batch: key (batch, its tokens), values HSIC ``[boundary, boundary]``."""
         batch, features = block
-        return State.of(np.array([[batch, len(features[0])]]), hsic_matrix(features)[None])
+        hsic = hsic_matrix(map(self._as_normed, features))
+        return State.of(np.array([[batch, len(features[0])]]), hsic[None])
+
+    def _as_normed(self, x: npt.NDArray[Any]) -> Doubles:
+        """Return what the model's norms see of each token's vector, and if asked, at the length that they give it."""
+        wide = _less_mean(x, axis=1) if self.centred else x.astype(np.float64)
+        if self.options.normed:
+            wide /= np.sqrt(np.square(wide).mean(axis=1, keepdims=True) + self.eps)
+        return wide
 
     def finalise(self, state: State) -> dict[str, pa.Table]:
         """Return ``cka``, one row for each ordered pair of boundaries."""
@@ -158,11 +182,11 @@ class CkaStatistic(Statistic[tuple[int, list[npt.NDArray[Any]]]]):
             "n_batches": np.full(n * n, n_batches, dtype=np.int64),
             "n_left_out": np.full(n * n, self.n_left_out, dtype=np.int64),
         }
-        params = {**self.key, "variant": "authors" if authors else "default"}
+        params = {**self.key, "centred": self.centred, "variant": "authors" if authors else "default"}
         return {"cka": tidy_table(self.run, columns, params)}
 
 
-def hsic_matrix(features: Sequence[npt.NDArray[Any]]) -> Doubles:
+def hsic_matrix(features: Iterable[npt.NDArray[Any]]) -> Doubles:
     """Return the unbiased HSIC₁ (linear kernel) between all pairs of representations of the same N tokens.
 
     Centred features and float64 Gram matrices: the estimator ignores a constant vector, but float32 Gram
@@ -171,7 +195,7 @@ def hsic_matrix(features: Sequence[npt.NDArray[Any]]) -> Doubles:
 
     Parameters
     ----------
-    features : sequence of floating ``[token, width]``
+    features : iterable of floating ``[token, width]``
         N ≥ 4 rows each; the widths may differ.
 
     Returns
@@ -179,16 +203,20 @@ def hsic_matrix(features: Sequence[npt.NDArray[Any]]) -> Doubles:
     float64 ``[representation, representation]``
         Exactly 0 for a representation without variance. Elsewhere negative values are legal.
     """
-    n = len(features[0])
-    centred = [_centred(x) for x in features]
-    products = np.zeros((len(features), len(features)))
-    row_sums = np.empty((len(features), n))
+    centred = [_less_mean(x, axis=0) for x in features]
+    n_features, n = len(centred), len(centred[0])
+    products = np.zeros((n_features, n_features))
+    row_sums = np.zeros((n_features, n))
     for start in range(0, n, _GRAM_ROWS):
-        here = slice(start, min(start + _GRAM_ROWS, n))
-        gram = np.stack([x[here] @ x.T for x in centred])  # [representation, some of the tokens, token]
-        gram[:, np.arange(here.stop - start), np.arange(start, here.stop)] = 0.0
-        row_sums[:, here] = gram.sum(axis=2)
-        flat = gram.reshape(len(features), -1)
+        stop = min(start + _GRAM_ROWS, n)
+        # [representation, some of the tokens, these and all after them]: what is before them is symmetric
+        gram = np.stack([x[start:stop] @ x[start:].T for x in centred])
+        own, after = np.arange(stop - start), gram[:, :, stop - start :]
+        gram[:, own, own] = 0.0
+        row_sums[:, start:stop] += gram.sum(axis=2)
+        row_sums[:, stop:] += after.sum(axis=1)
+        after *= np.sqrt(2.0)  # in a product of two it counts twice
+        flat = gram.reshape(n_features, -1)
         products += flat @ flat.T
     sums = row_sums.sum(axis=1)
     hsic: Doubles = (
@@ -197,11 +225,11 @@ def hsic_matrix(features: Sequence[npt.NDArray[Any]]) -> Doubles:
     return hsic
 
 
-def _centred(x: npt.NDArray[Any]) -> Doubles:
-    """Subtract the mean; what is constant becomes exactly 0, not the rounding of its mean."""
+def _less_mean(x: npt.NDArray[Any], axis: int) -> Doubles:
+    """Subtract the mean along an axis; what is constant along it becomes exactly 0, not the rounding of its mean."""
     wide = x.astype(np.float64)
-    wide[:, (x == x[0]).all(axis=0)] = 0.0
-    return np.asarray(wide - wide.mean(axis=0))
+    varies = (wide != wide.take([0], axis)).any(axis=axis, keepdims=True)
+    return np.asarray((wide - wide.mean(axis=axis, keepdims=True)) * varies)
 
 
 def normalised(hsic: Doubles) -> Doubles:

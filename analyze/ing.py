@@ -16,17 +16,26 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..catalog.errors import AnalysisError
+from ..catalog.readout import Readout
 from ..catalog.run import Run
 from .ing_examples import MIN_EXAMPLES, IngTokens, find_examples
 from .ing_probes import IngActivationStatistic, IngProbeStatistic, ProbeNeurons
-from .neurons import CLASSES, NeuronOptions, NeuronStatistic, classify_neurons, fold_unembedding
-from .readout import Readout
+from .neurons import (
+    CLASSES,
+    MOMENTS,
+    NeuronOptions,
+    NeuronStatistic,
+    classify_neurons,
+    fold_unembedding,
+    known_moments,
+    preprocessing,
+)
 from .reduce import reduce_statistic
 from .statistic import State, tidy_table
 
 __all__ = ["ING_VERSION", "ING_VIEWS", "IngNeurons", "IngOptions", "compute_ing"]
 
-ING_VERSION = 1
+ING_VERSION = 2
 ING_VIEWS = ("ing", "ing_neurons", "ing_histograms")
 
 _N_BINS = 100
@@ -132,7 +141,7 @@ class IngNeurons:
 
     def table(self, options: IngOptions) -> dict[str, Any]:
         """Return the columns of ``ing_neurons``."""
-        mean, variance, skew, kurtosis = self.moments.T
+        _, _, skew, kurtosis = self.moments.T
         return {
             "rank": np.arange(1, len(self.layers) + 1, dtype=np.int32),
             "layer": self.layers.astype(np.int32),
@@ -141,10 +150,7 @@ class IngNeurons:
             "mean_ing": self.means[:, 0],
             "mean_other": self.means[:, 1],
             "effect": list(self.effects),
-            "mean": mean,
-            "variance": variance,
-            "skew": skew,
-            "kurtosis": kurtosis,
+            **dict(zip(MOMENTS, self.moments.T, strict=True)),
             "class": np.array(CLASSES, dtype=object)[classify_neurons(skew, kurtosis, options.min_kurtosis)],
         }
 
@@ -213,8 +219,8 @@ def compute_ing(
 ) -> dict[str, pa.Table]:
     """Compute ``ing``, ``ing_neurons`` and ``ing_histograms`` of one run (columns in docs/analyses.md).
 
-    The moments of all neurons cost as much as the analysis ``neurons``; the examples are looked for first,
-    so that a run with too few of them is refused before.
+    The moments of all neurons cost as much as the analysis ``neurons``, unless the lake holds its finding of the
+    run; the examples are looked for first, so that a run with too few of them is refused before.
 
     Raises
     ------
@@ -223,15 +229,19 @@ def compute_ing(
     """
     tokens = IngTokens.open(run)
     examples = find_examples(run, tokens, context=options.context, most=options.examples, seed=options.seed)
-    statistic = NeuronStatistic.open(run, NeuronOptions(columns=options.columns))
-    moments = reduce_statistic(statistic, run, scheduler=scheduler, progress=progress)
-    del statistic  # and with it a copy of the unembedding
+    of_neurons = NeuronOptions(columns=options.columns)
+    moments = known_moments(run, of_neurons)
+    if moments is None:
+        statistic = NeuronStatistic.open(run, of_neurons)
+        moments = reduce_statistic(statistic, run, scheduler=scheduler, progress=progress)
+        del statistic  # and with it a copy of the unembedding
     layernorm = run.shape.norm == "layernorm"
     folded = fold_unembedding(run.weight("W_U"), run.weight("ln_final.w"), layernorm=layernorm)
     used = np.ones_like(tokens.is_ing) if options.columns == "all" else tokens.is_known
     neurons = IngNeurons.rank(run, moments, mean_directions(folded, used, tokens.is_ing), options)
     params: Mapping[str, Any] = {
         **asdict(options),
+        **preprocessing(layernorm=layernorm),
         "variant": "authors" if options.columns == "all" else "default",
     }
     n_ing = int(np.count_nonzero(tokens.is_ing))

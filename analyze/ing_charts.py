@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .panels import N_TICKS, WIDTH, Row, Series, concat, table_rows, value_scale
+from .panels import N_TICKS, WIDTH, concat, value_scale, wrapped
+from .series import Row, Series, table_rows
 
 if TYPE_CHECKING:
     import altair as alt
@@ -44,20 +45,20 @@ def ing_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
     rows = table_rows(table, series)
     shown = [item for item in series if any(row["run"] == item.run for row in rows)]
     columns = min(2, len(shown)) or 1
+    marks = [_probe_marks([row for row in rows if row["run"] == item.run]) for item in shown]
+    drawn = {mark["what"] for of_run in marks for kind in of_run for mark in kind}
+    looks = _LINES | dict(_POINTS.values()) | _LEVELS
+    named = [name for name in looks if name in drawn]
     colors = alt.Color(
         "what:N",
         title=None,
-        scale=alt.Scale(
-            domain=[*_LINES, *(name for name, _ in _POINTS.values()), *_LEVELS],
-            range=[*_LINES.values(), *(color for _, color in _POINTS.values()), *_LEVELS.values()],
-        ),
+        scale=alt.Scale(domain=list(looks), range=list(looks.values())),
         legend=alt.Legend(
-            orient="top", columns=3, symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1, labelLimit=320
+            orient="top", columns=3, symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1, values=named
         ),
     )
     panels = []
-    for item in shown:
-        lines, points, levels = _probe_marks([row for row in rows if row["run"] == item.run])
+    for item, (lines, points, levels) in zip(shown, marks, strict=True):
         last = max(row["k"] for row in lines)
         x = alt.X(
             "k:Q",
@@ -71,6 +72,7 @@ def ing_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
             scale=value_scale(zero=False),
             axis=alt.Axis(tickCount=N_TICKS, format="~%"),
         )
+        lo = alt.Y("lo:Q", title="accuracy")
         tooltip = [
             alt.Tooltip("what:N"),
             alt.Tooltip("k:Q"),
@@ -80,19 +82,22 @@ def ing_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
         ]
         line = alt.Chart(alt.InlineData(values=lines)).encode(x=x, color=colors)
         level = alt.Chart(alt.InlineData(values=levels)).encode(color=colors)
+        point = alt.Chart(alt.InlineData(values=points)).encode(x=x, color=colors)
         chance = alt.Chart(alt.InlineData(values=[{}])).mark_rule(color=_GREY, strokeWidth=1)
         layers = [
-            level.mark_rect(opacity=0.08).encode(y=alt.Y("lo:Q", title="accuracy"), y2="hi"),
-            line.mark_area(opacity=0.18).encode(y=alt.Y("lo:Q", title="accuracy"), y2="hi"),
+            level.mark_rect(opacity=0.08).encode(y=lo, y2="hi"),
+            line.mark_area(opacity=0.18).encode(y=lo, y2="hi"),
+            point.mark_rule(opacity=0.4).encode(y=lo, y2="hi"),
             chance.encode(y=alt.datum(0.5)),
             level.mark_rule(strokeDash=[5, 3], strokeWidth=1.6).encode(y=y, tooltip=tooltip),
             line.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=22)).encode(y=y, tooltip=tooltip),
-            alt.Chart(alt.InlineData(values=points))
-            .mark_point(size=36, strokeWidth=1.5, opacity=0.8)
-            .encode(x=x, y=y, color=colors, tooltip=["neuron:N", *tooltip]),
+            point.mark_point(size=36, strokeWidth=1.5, opacity=0.8, fill="white").encode(
+                y=y, tooltip=["neuron:N", *tooltip]
+            ),
         ]
         width = WIDTH // columns - 90 if columns > 1 else WIDTH * 2 // 3
-        panels.append(alt.LayerChart(layer=layers).properties(width=width, height=260, title=item.label))
+        chart = alt.LayerChart(layer=layers)
+        panels.append(chart.properties(width=width, height=260, title=wrapped(item.label, width)))
     return concat(panels, columns=columns, y="shared", color="shared")
 
 
@@ -183,7 +188,9 @@ def ing_histograms_chart(table: pa.Table, series: Sequence[Series]) -> alt.Conca
 def _title(text: str, item: Series, n_runs: int) -> Any:
     import altair as alt
 
-    return text if n_runs == 1 else alt.TitleParams(text, subtitle=item.label, subtitleColor=_GREY)
+    if n_runs == 1:
+        return text
+    return alt.TitleParams(text, subtitle=wrapped(item.label, WIDTH // 4), subtitleColor=_GREY)
 
 
 def _bar(row: Row) -> Row:

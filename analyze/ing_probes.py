@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ..catalog.readout import Readout
 from ..catalog.run import Run
 from .ing_examples import N_FOLDS, Examples, IngTokens
 from .intervals import bootstrap_sums, percentile_interval
-from .readout import MEASURES, Readout, compare_distributions
+from .readout import MEASURES, compare_distributions
 from .statistic import State, Statistic, Unit, read_rows, tidy_table
 
 __all__ = ["IngActivationStatistic", "IngProbeStatistic", "ProbeNeurons", "best_threshold", "fit_probe"]
@@ -156,7 +157,7 @@ class IngActivationStatistic(Statistic[IngBlock]):
 
 @dataclass(frozen=True, slots=True)
 class IngProbeStatistic(Statistic[int]):
-    """Whether each probe is right about each example, when it is tested and when it is validated.
+    """Whether each probe converged, and is right about each example, when it is tested and when it is validated.
 
     A unit fits some 130 logistic regressions for one fold and reads nothing; all workers of a process share
     the activations. Each holds them once more in float64 while it fits. The state is a byte an example,
@@ -188,19 +189,23 @@ class IngProbeStatistic(Statistic[int]):
         return State.empty(2, (len(self._rows()),), np.bool_)
 
     def measure(self, block: int) -> State:
-        """Return the state of a fold: key (0 tested, 1 validated; example), values whether a probe is right."""
+        """Return the state of a fold.
+
+        Key (0 tested, 1 validated; example), values whether a probe is right; key (2; fold), whether it converged.
+        """
         test, validation = (self.examples.folds == (block + i) % N_FOLDS for i in range(2))
-        right = self._answers(~(test | validation), validation)
-        parts = [np.flatnonzero(test), np.flatnonzero(validation)]
+        right, converged = self._answers(~(test | validation), validation)
+        parts = [np.flatnonzero(test), np.flatnonzero(validation), np.array([block])]
         keys = np.concatenate(
             [np.stack([np.full_like(part, i), part], axis=1) for i, part in enumerate(parts)]
         )
-        return State.of(keys, right[keys[:, 1]])
+        return State.of(keys, np.concatenate([right[test], right[validation], converged[None]]))
 
     def finalise(self, state: State) -> dict[str, pa.Table]:
         """Return ``ing``: a row for each single neuron, each ensemble, and each way to ask the model."""
         n_examples, rows = len(self.examples), self._rows()
-        tested, validated = state.values.reshape(2, n_examples, len(rows))
+        tested, validated, converged = (state.values[state.keys[:, 0] == part] for part in range(3))
+        unfinished = f"a fit did not converge in {_MAX_ITERATIONS} iterations"
         # items of a document are not independent, so whole documents are drawn again; they lie together
         starts = np.flatnonzero(np.diff(self.examples.documents, prepend=-1))
         with_counts = np.column_stack([tested, np.ones(n_examples)])
@@ -214,6 +219,7 @@ class IngProbeStatistic(Statistic[int]):
             "validation_accuracy": validated.mean(axis=0),
             "n_examples": np.full(len(rows), n_examples, dtype=np.int64),
             "n_documents": np.full(len(rows), len(starts), dtype=np.int64),
+            "note": [None if all_of_them else unfinished for all_of_them in converged.all(axis=0)],
         }
         return {"ing": tidy_table(self.run, columns, self.params)}
 
@@ -234,22 +240,22 @@ class IngProbeStatistic(Statistic[int]):
             *(("model", name, None, None, None, None) for name in _BASELINES),
         ]
 
-    def _answers(self, train: Bools, validation: Bools) -> Bools:
-        """Return whether each probe, fitted to the examples of ``train``, is right: ``[example, probe]``."""
+    def _answers(self, train: Bools, validation: Bools) -> tuple[Bools, Bools]:
+        """Return whether each probe, fitted to ``train``, is right ``[example, probe]``, and converged ``[probe]``."""
         labels = self.examples.labels
         top1, p_ing, activations = self.values[:, 0].astype(np.int64), self.values[:, 1], self.values[:, 2:]
 
-        def right(neurons: Ints) -> Bools:
-            hits: Bools = fit_probe(activations[:, neurons], labels, train) == labels
-            return hits
+        def probe(neurons: Ints) -> tuple[Bools, bool]:
+            says, converged = fit_probe(activations[:, neurons], labels, train)
+            return says == labels, converged
 
         singles, ensembles = [], []
         for group in (self.neurons.selected, self.neurons.random):
-            alone = [right(group[i : i + 1]) for i in range(len(group))]
-            best = np.argsort([-hits[validation].mean() for hits in alone], kind="stable")
-            ensembles += [alone[best[0]], *(right(group[best[:k]]) for k in range(2, len(group) + 1))]
+            alone = [probe(group[i : i + 1]) for i in range(len(group))]
+            best = np.argsort([-hits[validation].mean() for hits, _ in alone], kind="stable")
+            ensembles += [alone[best[0]], *(probe(group[best[:k]]) for k in range(2, len(group) + 1))]
             singles += alone
-        heavy = [right(self.neurons.heavy)] if len(self.neurons.heavy) else []
+        heavy = [probe(self.neurons.heavy)] if len(self.neurons.heavy) else []
         threshold = best_threshold(p_ing[validation], labels[validation])
         baselines = (
             self.tokens.is_ing[top1] == labels,
@@ -257,11 +263,14 @@ class IngProbeStatistic(Statistic[int]):
             (p_ing > threshold) == labels,
             top1 == self.examples.targets,
         )
-        return np.stack([*singles, *ensembles, *heavy, *baselines], axis=1)
+        answers = [*singles, *ensembles, *heavy, *((hits, True) for hits in baselines)]
+        return np.stack([hits for hits, _ in answers], axis=1), np.array(
+            [finished for _, finished in answers]
+        )
 
 
-def fit_probe(features: Floats, labels: Bools, train: Bools) -> Bools:
-    """Fit a logistic regression to some examples, and return what it says of all: ``[example]``.
+def fit_probe(features: Floats, labels: Bools, train: Bools) -> tuple[Bools, bool]:
+    """Fit a logistic regression to some examples; return what it says of all ``[example]``, and whether it converged.
 
     Ridge penalty (C = 1) on features that are standardised by the examples fitted to.
 
@@ -279,7 +288,7 @@ def fit_probe(features: Floats, labels: Bools, train: Bools) -> Bools:
     wide = features.astype(np.float64)
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_MAX_ITERATIONS))
     says: Bools = probe.fit(wide[train], labels[train]).predict(wide)
-    return says
+    return says, bool(probe[-1].n_iter_[0] < _MAX_ITERATIONS)
 
 
 def best_threshold(scores: npt.NDArray[np.floating], labels: Bools) -> float:

@@ -15,15 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ..catalog.readout import Readout
 from ..catalog.run import Run
 from .intervals import bootstrap_sums, percentile_interval
-from .readout import MEASURES, Readout, compare_distributions
+from .readout import MEASURES, compare_distributions
 from .statistic import State, Statistic, Unit, read_rows, tidy_table
 from .tokens import MaskedTokens, canonical_tokens, choose_tokens
 
 __all__ = ["LENS_VERSION", "LENS_VIEWS", "LensOptions", "LensStatistic"]
 
-LENS_VERSION = 1
+LENS_VERSION = 2
 LENS_VIEWS = ("lens", "lens_tokens")
 
 _UNIT_TOKENS = 256  # enough for a product to run at full speed, and small enough for all boundaries at once
@@ -95,6 +96,11 @@ class LensStatistic(Statistic[LensBlock]):
     def keys(self, unit: Unit) -> npt.NDArray[np.int64]:  # noqa: D102
         return self.tokens.keys(unit.items)
 
+    @property
+    def is_extendable(self) -> bool:
+        """Whether all tokens are looked at: a choice of them is spread anew over a longer extent."""
+        return self.tokens.are_all
+
     def read(self, run: Run, unit: Unit) -> LensBlock:  # noqa: D102
         rows = self.tokens.rows[unit.items]
         return LensBlock([read_rows(run, site, boundary, rows) for site, boundary in unit.reads], unit.items)
@@ -155,7 +161,8 @@ class LensStatistic(Statistic[LensBlock]):
             at = MEASURES.index(measure)
             columns[name] = means[:, at] / unit
             columns[f"{name}_lo"], columns[f"{name}_hi"] = lo[:, at] / unit, hi[:, at] / unit
-        return columns
+        reason = "no intervals: the tokens are all of one document" if len(documents) < 2 else None
+        return columns | {"reason": [reason] * self.n_boundaries}
 
     def _tokens(self, state: State) -> dict[str, Any]:
         n_tokens = len(state.keys)

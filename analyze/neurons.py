@@ -10,29 +10,39 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ..catalog.findings import list_findings, read_finding
 from ..catalog.run import Run
 from .statistic import State, Statistic, Unit, tidy_table
 
 __all__ = [
     "CLASSES",
+    "MOMENTS",
     "NEURONS_VERSION",
     "NEURONS_VIEWS",
+    "THRESHOLDS",
     "NeuronOptions",
     "NeuronStatistic",
     "classify_neurons",
     "fold_unembedding",
+    "known_moments",
     "moments_of_sums",
     "power_sums",
+    "preprocessing",
     "unit_unembedding",
 ]
 
-NEURONS_VERSION = 1
+NEURONS_VERSION = 2
 NEURONS_VIEWS = ("neurons", "neuron_counts")
 
 CLASSES = ("prediction", "suppression", "other")
 
+THRESHOLDS = (8.0, 10.0, 12.0)
+"""Kurtoses above which neurons are counted in any case: how much hangs on the choice of one."""
+
+MOMENTS = ("mean", "variance", "skew", "kurtosis")
+
 _UNIT_NEURONS = 256
-_COLUMNS = 256  # of the vocabulary at a time: their float64 powers stay in a core's cache
+_COLUMNS = 512  # of the vocabulary at a time: they and their squares stay in a core's cache
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -52,6 +62,15 @@ class NeuronOptions:
     threshold: float = field(
         default=10.0, metadata={"help": "Kurtosis (Gaussian = 3) above which a neuron is counted."}
     )
+
+
+def preprocessing(*, layernorm: bool) -> dict[str, bool]:
+    """Return what is done to the weights first, as columns of every table that stands on them.
+
+    ``folded``: the final norm's scale is folded into the unembedding; ``vocab_centred``: its mean over the vocabulary
+    is subtracted; ``centred``: so is every vector's mean over d_model, in the unembedding and in W_out.
+    """
+    return {"folded": True, "vocab_centred": True, "centred": layernorm}
 
 
 def fold_unembedding(unembed: Floats, gamma: Floats, *, layernorm: bool) -> Floats:
@@ -88,11 +107,13 @@ def unit_unembedding(unembed: Floats, gamma: Floats, *, layernorm: bool) -> Floa
 
 
 def power_sums(values: npt.NDArray[np.floating]) -> Doubles:
-    """Return Σx, Σx², Σx³, Σx⁴ of each row: float64 ``[row, power]``."""
-    x = values.astype(np.float64)
-    squares = x * x
-    sums = (x.sum(axis=1), np.vecdot(x, x), np.vecdot(squares, x), np.vecdot(squares, squares))
-    return np.stack(sums, axis=1)
+    """Return Σx, Σx², Σx³, Σx⁴ of each row: float64 ``[row, power]``, summed in the dtype of the values.
+
+    So give a few hundred of float32 at a time, and add up the results.
+    """
+    squares = values * values
+    powers = (np.ones_like(values[0]), values), (values, values), (squares, values), (squares, squares)
+    return np.stack([np.vecdot(a, b) for a, b in powers], axis=1).astype(np.float64)
 
 
 def moments_of_sums(sums: Doubles, n: int, shift: npt.ArrayLike = 0.0) -> Doubles:
@@ -213,27 +234,31 @@ class NeuronStatistic(Statistic[tuple[int, Ints, Floats]]):
         """Return ``neurons`` and, for each layer and class, ``neuron_counts``.
 
         The moments are those of the cosines over the unembedding's columns. ``density`` is the share of the
-        layer's d_mlp neurons, ``density_percent`` the same in percent, as in the paper.
+        layer's d_mlp neurons, ``density_percent`` the same in percent, as in the paper. Counts are those above
+        ``min_kurtosis``: the option ``threshold``, which decides ``class``, and :data:`THRESHOLDS`.
         """
-        params = {**self.key, "variant": "authors" if self.options.columns == "all" else "default"}
+        variant = "authors" if self.options.columns == "all" else "default"
+        params = {**self.key, **preprocessing(layernorm=self.layernorm), "variant": variant}
         layer, unit = state.keys.T
-        mean, variance, skew, kurtosis = state.values.T
-        classes = classify_neurons(skew, kurtosis, self.options.threshold)
+        _, variance, skew, kurtosis = state.values.T
         neurons = {
             "layer": layer.astype(np.int32),
             "unit": unit.astype(np.int32),
-            "mean": mean,
-            "variance": variance,
-            "skew": skew,
-            "kurtosis": kurtosis,
-            "class": np.array(CLASSES, dtype=object)[classes],
+            **dict(zip(MOMENTS, state.values.T, strict=True)),
+            "class": np.array(CLASSES, dtype=object)[
+                classify_neurons(skew, kurtosis, self.options.threshold)
+            ],
             "n_columns": np.full(len(layer), self.unembed.shape[1], dtype=np.int32),
+            "reason": [_reason(*each) for each in zip(variance, kurtosis, strict=True)],
         }
         n_classes = len(CLASSES)
-        counts = np.bincount(layer * n_classes + classes, minlength=self.n_layers * n_classes)
+        thresholds = np.array(sorted({*THRESHOLDS, self.options.threshold}))
+        groups = [layer * n_classes + classify_neurons(skew, kurtosis, least) for least in thresholds]
+        counts = np.concatenate([np.bincount(each, minlength=self.n_layers * n_classes) for each in groups])
         table = {
-            "layer": np.repeat(np.arange(self.n_layers, dtype=np.int32), n_classes),
-            "class": list(CLASSES) * self.n_layers,
+            "layer": np.tile(np.repeat(np.arange(self.n_layers, dtype=np.int32), n_classes), len(thresholds)),
+            "class": list(CLASSES) * (self.n_layers * len(thresholds)),
+            "min_kurtosis": np.repeat(thresholds, self.n_layers * n_classes),
             "n_units": counts.astype(np.int64),
             "density": counts / self.d_mlp,
             "density_percent": 100 * counts / self.d_mlp,
@@ -242,3 +267,31 @@ class NeuronStatistic(Statistic[tuple[int, Ints, Floats]]):
             "neurons": tidy_table(self.run, neurons, params),
             "neuron_counts": tidy_table(self.run, table, params),
         }
+
+
+def _reason(variance: float, kurtosis: float) -> str | None:
+    """Return why moments of a neuron are NULL."""
+    if np.isnan(variance):
+        return "no moments: the neuron writes nothing"
+    return "no skew and kurtosis: all cosines are equal" if np.isnan(kurtosis) else None
+
+
+def known_moments(run: Run, options: NeuronOptions) -> State | None:
+    """Return the state of :class:`NeuronStatistic` from a finding of the same run, or None if the lake has none.
+
+    The threshold does not matter: the moments are the same for all.
+    """
+    view = NEURONS_VIEWS[0]
+    for stored in list_findings(run.store, view):
+        key = stored.key
+        if (key.version, key.run, key.params.get("columns")) == (
+            NEURONS_VERSION,
+            run.run_id,
+            options.columns,
+        ):
+            finding = read_finding(run.store, key, [view])
+            if finding is not None:  # it was not removed meanwhile
+                columns = (finding.table[name].to_numpy() for name in ("layer", "unit", *MOMENTS))
+                layer, unit, *moments = columns  # NULL comes back as NaN
+                return State.of(np.stack([layer, unit], axis=1), np.stack(moments, axis=1))
+    return None

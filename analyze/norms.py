@@ -21,7 +21,7 @@ from .tokens import MaskedTokens, canonical_tokens, choose_spread, choose_tokens
 
 __all__ = ["COMPONENTS", "NORMS_VERSION", "NORMS_VIEWS", "NormsOptions", "NormsStatistic"]
 
-NORMS_VERSION = 1
+NORMS_VERSION = 2
 NORMS_VIEWS = ("norms", "norm_tokens")
 
 COMPONENTS = ("attn_out", "mlp_out", "resid_pre")
@@ -116,8 +116,8 @@ class NormsStatistic(Statistic[NormsBlock]):
 
         Norms are Euclidean, of single tokens of the evaluation mask. ``relative_norm`` is the mean norm divided
         by that of resid_pre in the same layer. ``attn_mlp_ratio`` (of the means) and ``median_attn_mlp_ratio``
-        (of the tokens' ratios) stand in the rows of attn_out and are NULL elsewhere. ``centred`` says whether
-        the mean over d_model was subtracted first, which is done for models with LayerNorm.
+        (of the tokens' ratios) are the layer's, and the same for all components. ``centred`` says whether the mean
+        over d_model was subtracted first, which is done for models with LayerNorm.
         """
         params = {**self.key, "centred": self.centred, "variant": "default"}
         return {
@@ -149,7 +149,8 @@ class NormsStatistic(Statistic[NormsBlock]):
             "p90": p90.astype(np.float64),
             "median_attn_mlp_ratio": self._median_ratios(state.values),
         }
-        return table
+        ratios = zip(shown["relative_norm"], shown["attn_mlp_ratio"], strict=True)
+        return table | {"reason": [_reason(len(documents), *each) for each in ratios]}
 
     def _means(self, totals: Doubles) -> dict[str, Doubles]:
         """Return the means that sums over documents ``[…, layer·component + 1]`` amount to: ``[…, row]``."""
@@ -157,23 +158,21 @@ class NormsStatistic(Statistic[NormsBlock]):
             *totals.shape[:-1], self.n_layers, len(COMPONENTS)
         )
         attn, mlp, resid = np.moveaxis(means, -1, 0)
-        attn_mlp = np.full_like(means, np.nan)
-        attn_mlp[..., 0] = ratio(attn, mlp)
         columns = {
             "mean_norm": means,
             "relative_norm": ratio(means, resid[..., None]),
-            "attn_mlp_ratio": attn_mlp,
+            "attn_mlp_ratio": np.broadcast_to(ratio(attn, mlp)[..., None], means.shape),
         }
         return {name: values.reshape(*totals.shape[:-1], -1) for name, values in columns.items()}
 
     def _median_ratios(self, norms: npt.NDArray[np.float32]) -> Doubles:
-        """Return the median over tokens of ‖attn_out‖/‖mlp_out‖, in the rows of attn_out."""
-        medians = np.full((self.n_layers, len(COMPONENTS)), np.nan)
+        """Return the median over tokens of ‖attn_out‖/‖mlp_out‖: ``[row]``."""
+        medians = np.full(self.n_layers, np.nan)
         for layer in range(self.n_layers):
             attn, mlp = norms[:, layer, 0], norms[:, layer, 1]
             if (mlp > 0).any():  # a token whose MLP writes nothing has no ratio
-                medians[layer, 0] = np.median(attn[mlp > 0] / mlp[mlp > 0])
-        return medians.ravel()
+                medians[layer] = np.median(attn[mlp > 0] / mlp[mlp > 0])
+        return np.repeat(medians, len(COMPONENTS))
 
     def _tokens(self, state: State) -> dict[str, Any]:
         n = len(state.keys)
@@ -186,3 +185,15 @@ class NormsStatistic(Statistic[NormsBlock]):
             "row": np.tile(state.keys[kept, 1], self.n_layers * n_components),
             "norm": state.values[kept].transpose(1, 2, 0).ravel().astype(np.float64),
         }
+
+
+def _reason(n_documents: int, relative: float, attn_mlp: float) -> str | None:
+    """Return why something of a row is NULL."""
+    why = []
+    if n_documents < 2:
+        why.append("no intervals: the tokens are all of one document")
+    if np.isnan(relative):
+        why.append("no relative norm: resid_pre is 0 at every token")
+    if np.isnan(attn_mlp):
+        why.append("no ratio of attn_out to mlp_out: the latter is 0 at every token")
+    return "; ".join(why) or None

@@ -16,12 +16,15 @@ from .statistic import State, Statistic, Unit
 if TYPE_CHECKING:
     from dask.callbacks import Callback
     from dask.delayed import Delayed
-    from distributed import Future
+    from distributed import Future, Worker, WorkerPlugin
 
 __all__ = ["SCHEDULERS", "compute_tables", "reduce_statistic", "require_scheduler"]
 
 SCHEDULERS = ("threads", "synchronous")
 """The schedulers that need no cluster; any address (``tcp://…``) is the third choice."""
+
+_PATIENCE_S = 10
+"""How long a cluster's scheduler, and then its first worker, is waited for."""
 
 
 def require_scheduler(scheduler: str) -> None:
@@ -67,7 +70,7 @@ def reduce_statistic(
     AnalysisError
         The scheduler is unknown, or the data cannot be analysed.
     LayerLakeError
-        Nobody answers at the scheduler's address.
+        Nobody answers at the scheduler's address, or it has no workers.
     """
     require_scheduler(scheduler)
     units, held = _split_known(statistic, statistic.units(), known)
@@ -132,24 +135,42 @@ def _reduce_on_cluster(statistic: Statistic[Any], run: Run, units: list[Unit], a
     from distributed import Client
 
     try:
-        client = Client(address, set_as_default=False, timeout="10s")
+        client = Client(address, set_as_default=False, timeout=_PATIENCE_S)
     except (OSError, ValueError) as error:
         raise LayerLakeError(
             f"No Dask scheduler answers at '{address}': {error}",
             hint="Start one: dask scheduler; dask worker ADDRESS.",
         ) from error
     with client:
-        client.run(_use_one_blas_thread)
+        try:
+            client.wait_for_workers(1, timeout=_PATIENCE_S)
+        except TimeoutError as error:
+            raise LayerLakeError(
+                f"The Dask scheduler at '{address}' has no workers.",
+                hint=f"Start some: dask worker {address}.",
+            ) from error
+        client.register_plugin(_one_blas_thread())
         # it holds the weights: once to each worker
         shared = client.scatter(statistic, broadcast=True, hash=False)
         merged: State = client.compute(_plan(shared, run, units), sync=True)
     return merged
 
 
-def _use_one_blas_thread() -> None:
-    from threadpoolctl import threadpool_limits
+def _one_blas_thread() -> WorkerPlugin:
+    """Return what tells the workers that are there, and those that join later, how many threads BLAS has."""
+    from distributed import WorkerPlugin
 
-    threadpool_limits(1, "blas")  # not a context: a worker keeps it, as Dask's nanny would have set it
+    class OneBlasThread(WorkerPlugin):
+        name = "layerlake-one-blas-thread"
+        idempotent = True
+
+        def setup(self, worker: Worker) -> None:  # noqa: ARG002
+            from threadpoolctl import threadpool_limits
+
+            # not a context: a worker keeps it, as Dask's nanny would have set it
+            threadpool_limits(1, "blas")
+
+    return OneBlasThread()
 
 
 def _plan(statistic: Delayed | Future[Statistic[Any]], run: Run, units: list[Unit]) -> Delayed:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 import os
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -15,7 +13,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 
@@ -23,9 +21,11 @@ from ..catalog.errors import LayerLakeError, RunNotFound
 from ..catalog.findings import FindingKey, StoredTable, newest_findings, read_finding
 from ..catalog.lake import Lake
 from ..catalog.run import Run
-from .captions import FIGURES, TITLES, Figure
-from .charts import Series, series_colors
+from .captions import FIGURES, TITLES, Figure, count_text, remarks
+from .commands import changed_options, command, sql_literal
+from .demands import DEMANDS
 from .provenance import describe_run, params_text
+from .series import Axis, Series, series_colors
 from .statistic import lacking_sites
 
 __all__ = ["build_report", "label_runs", "write_report"]
@@ -42,18 +42,20 @@ for (const node of document.querySelectorAll(".chart")) {
 }
 """
 
-_N_REMARKS = 4
-_COUNTS = ("n_samples", "n_tokens", "n_queries", "n_prompts", "n_examples")
-
 
 def write_report(
-    lake: Lake, path: str | os.PathLike[str], *, runs: Sequence[str] = (), made: datetime | None = None
+    lake: Lake,
+    path: str | os.PathLike[str],
+    *,
+    runs: Sequence[str] = (),
+    axis: Axis = "depth",
+    made: datetime | None = None,
 ) -> None:
     """Write the report of a lake to a local file; one that was there is replaced as a whole.
 
     Parameters
     ----------
-    lake, runs, made
+    lake, runs, axis, made
         As for :func:`build_report`.
     path : str or path
         The file.
@@ -63,7 +65,7 @@ def write_report(
     LayerLakeError
         The file cannot be written.
     """
-    html = build_report(lake, runs=runs, output=os.fspath(path), made=made)
+    html = build_report(lake, runs=runs, axis=axis, output=os.fspath(path), made=made)
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -77,12 +79,18 @@ def write_report(
 
 
 def build_report(
-    lake: Lake, *, runs: Sequence[str] = (), output: str = "report.html", made: datetime | None = None
+    lake: Lake,
+    *,
+    runs: Sequence[str] = (),
+    axis: Axis = "depth",
+    output: str = "report.html",
+    made: datetime | None = None,
 ) -> str:
     """Return the findings of some runs as one HTML page that needs no network.
 
     Reads the small views that the charts show, never a row per token or per neuron; the page takes about
-    1 MB, most of it Vega. Nothing is computed: an analysis that a run lacks is named, with its command.
+    1 MB, most of it Vega. Nothing is computed: an analysis that a run lacks is named, with its command; or that
+    its text cannot answer it, which for some analyses the token table says (:data:`DEMANDS`).
 
     Parameters
     ----------
@@ -90,6 +98,8 @@ def build_report(
         The lake.
     runs : sequence of str
         Runs by id or unique prefix, in the order of their colours; all runs if empty.
+    axis : {'depth', 'paper'}
+        Where layers stand on relative depth (:func:`layerlake.analyze.series.relative_depth`).
     output : str
         Where the page will be saved, for the command that it shows.
     made : datetime, optional
@@ -99,10 +109,16 @@ def build_report(
     ------
     RunNotFound
         A run is not in the lake, or the lake has none.
+    LayerLakeError
+        There is no such axis.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
+    if axis not in get_args(Axis):
+        raise LayerLakeError(
+            f"The axis cannot be {axis!r}.", hint=f"It is one of: {', '.join(get_args(Axis))}."
+        )
     opened = list({run.run_id: run for run in lake.runs(runs)}.values())
     if not opened:
         raise RunNotFound(
@@ -111,9 +127,8 @@ def build_report(
     series = label_runs(opened)
     colors = series_colors(series)
     stored = [table for table in newest_findings(lake.findings()) if table.key.run in colors]
-    source = _Source(
-        lake, opened, series, stored, list(colors) if set(colors) != set(lake.run_ids) else [], count(1)
-    )
+    source = _Source(lake, opened, series, stored, axis, frozenset(lake.run_ids), count(1))
+    chosen_axis = ["--axis", axis] if axis != "depth" else []
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {
         "sort_keys": True,
@@ -128,7 +143,8 @@ def build_report(
         lake=lake.url,
         version=version("layerlake"),
         made=(made or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC"),
-        command=_command("report", lake.url, "-o", output, runs=source.chosen),
+        command=command("report", lake.url, "-o", output, *chosen_axis, runs=source.named(colors)),
+        axis=axis,
         runs=[
             describe_run(run, item, colors[item.run], stored)
             for run, item in zip(opened, series, strict=True)
@@ -155,7 +171,10 @@ def label_runs(runs: Sequence[Run]) -> list[Series]:
             f"{label} · {end}" if label in shared else label
             for label, end in zip(labels, ending, strict=True)
         ]
-    return [Series(run.run_id, label, run.shape.n_layers) for run, label in zip(runs, labels, strict=True)]
+    return [
+        Series(run.run_id, label, run.shape.n_layers, run.shape.family)
+        for run, label in zip(runs, labels, strict=True)
+    ]
 
 
 def _title(series: Sequence[Series]) -> str:
@@ -173,17 +192,6 @@ def _script() -> str:
     return script.replace("</script", "<\\/script").replace("\r", "")
 
 
-def _command(name: str, lake: str, *arguments: str, runs: Sequence[str] = ()) -> str:
-    """Return a command that works as it stands; without runs it takes all."""
-    words = ["layerlake", name, lake, *arguments, *(word for run in runs for word in ("--run", run))]
-    return " ".join(map(_quote, words))
-
-
-def _quote(word: str) -> str:
-    """Quote a word for the shell; one with apostrophes, as queries have, in double quotes where that is safe."""
-    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
-
-
 # -- sections -----------------------------------------------------------------------------------
 
 
@@ -195,10 +203,15 @@ class _Source:
     runs: Sequence[Run]
     series: Sequence[Series]
     stored: Sequence[StoredTable]
-    chosen: Sequence[str]
-    """The runs that commands have to name; none where all of the lake are shown."""
+    axis: Axis
+    lake_runs: frozenset[str]
     numbers: Iterator[int]
     """The numbers of the figures to come."""
+
+    def named(self, runs: Iterable[str]) -> list[str]:
+        """Return the runs that a command has to name: none where they are all of the lake, which it takes anyway."""
+        distinct = list(dict.fromkeys(runs))
+        return [] if self.lake_runs == set(distinct) else distinct
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,15 +256,20 @@ class _Section:
     name: str
     subject: str
     groups: list[_Group]
+    left_out: str
+    """Which runs hold a text that cannot answer it, and what it lacks."""
     notes: list[_Note]
 
 
 def _section(source: _Source, analysis: str) -> _Section:
-    """Gather the figures of one analysis, and what is missing for them."""
-    tables = [table for table in source.stored if table.key.analysis == analysis]
+    """Gather the figures of one analysis, and what is missing for them; what an older version found is missing."""
+    from .analyses import ANALYSES
+
+    current = (analysis, ANALYSES[analysis].version)
+    tables = [table for table in source.stored if (table.key.analysis, table.key.version) == current]
     place = {item.run: i for i, item in enumerate(source.series)}
     # Parameters nearest to the defaults first; within a group, runs in the order of their colours.
-    tables.sort(key=lambda table: (len(_changed_options(table.key)), place[table.key.run]))
+    tables.sort(key=lambda table: (len(changed_options(table.key)), place[table.key.run]))
     groups: dict[str, list[StoredTable]] = {}
     for table in tables:
         groups.setdefault(params_text(table.key.params), []).append(table)
@@ -265,27 +283,44 @@ def _section(source: _Source, analysis: str) -> _Section:
         _group(source, group, {name: group[0].key.params.get(name) for name in sorted(varied)})
         for group in groups.values()
     ]
-    return _Section(analysis, *TITLES[analysis], drawn, list(_notes(source, analysis, tables)))
+    unsuited = _unsuited_runs(source, analysis, {table.key.run for table in tables})
+    notes = list(_notes(source, analysis, tables, unsuited))
+    left_out = f"Left out, with {DEMANDS[analysis].lack}: {'; '.join(unsuited.values())}." if unsuited else ""
+    return _Section(analysis, *TITLES[analysis], drawn, left_out, notes)
 
 
-def _notes(source: _Source, analysis: str, tables: Sequence[StoredTable]) -> Iterator[_Note]:
-    """Say for each run what it lacks of an analysis, and what it has outgrown."""
+def _unsuited_runs(source: _Source, analysis: str, analysed: Collection[str]) -> dict[str, str]:
+    """Return the labels of the runs whose text cannot answer an analysis, by their ids."""
+    demand = DEMANDS.get(analysis)
+    return {
+        run.run_id: item.label
+        for run, item in zip(source.runs, source.series, strict=True)
+        if demand is not None and run.run_id not in analysed and not demand.is_met(run)
+    }
+
+
+def _notes(
+    source: _Source, analysis: str, tables: Sequence[StoredTable], unsuited: Collection[str]
+) -> Iterator[_Note]:
+    """Say for each run what it lacks of an analysis, unless its text is unsuited, and what it has outgrown."""
     from .analyses import ANALYSES
 
     for run, item in zip(source.runs, source.series, strict=True):
+        if run.run_id in unsuited:
+            continue
         keys = {table.key.digest: table.key for table in tables if table.key.run == run.run_id}
         lacking = ",".join(lacking_sites(run, ANALYSES[analysis].sites))
         if not keys and lacking:
             text = f"{item.label} lacks what this reads. Once it is captured (with --sites {lacking}):"
-            yield _Note(text, _command("analyze", source.lake.url, analysis, runs=[run.run_id]))
+            yield _Note(text, command("analyze", source.lake.url, analysis, runs=[run.run_id]))
         elif not keys:
             text = f"{item.label} has not been analysed for this. To compute it:"
-            yield _Note(text, _command("analyze", source.lake.url, analysis, runs=[run.run_id]))
+            yield _Note(text, command("analyze", source.lake.url, analysis, runs=[run.run_id]))
         for key in keys.values():
             if _is_outgrown(key, run):
                 text = f"{item.label} has grown since this was computed. To bring it up to date:"
-                options = _changed_options(key)
-                yield _Note(text, _command("analyze", source.lake.url, analysis, *options, runs=[run.run_id]))
+                options = changed_options(key)
+                yield _Note(text, command("analyze", source.lake.url, analysis, *options, runs=[run.run_id]))
 
 
 def _group(source: _Source, stored: Sequence[StoredTable], varied: Mapping[str, Any]) -> _Group:
@@ -303,41 +338,36 @@ def _group(source: _Source, stored: Sequence[StoredTable], varied: Mapping[str, 
             next(source.numbers),
             figure,
             figure.say_computed(key.params),
-            _counts(tables[figure.view], source.series),
-            _remarks(tables[figure.view], source.series),
-            figure.draw(tables[figure.view], source.series).to_dict(validate=False),  # the tests validate
+            count_text(tables[figure.view], source.series),
+            remarks(tables[figure.view], source.series),
+            _spec(source, figure, tables[figure.view]),
         )
         for figure in figures
         if figure.view in tables
     ]
-    where = [f"run IN ({', '.join(map(_sql_literal, source.chosen))})"] if source.chosen else []
-    where += [f"{name} = {_sql_literal(value)}" for name, value in varied.items()]
+    shown = source.named(item.run for item in source.series)
+    where = [f"run IN ({', '.join(map(sql_literal, shown))})"] if shown else []
+    where += [f"{name} = {sql_literal(value)}" for name, value in varied.items()]
     condition = f" WHERE {' AND '.join(where)}" if where else ""
     commands = [
-        _command("analyze", source.lake.url, key.analysis, *_changed_options(key), runs=source.chosen),
-        *(_command("sql", source.lake.url, f"SELECT * FROM {view}{condition}") for view in tables),  # noqa: S608  # shown, not run
+        command(
+            "analyze",
+            source.lake.url,
+            key.analysis,
+            *changed_options(key),
+            runs=source.named(table.key.run for table in stored),
+        ),
+        *(command("sql", source.lake.url, f"SELECT * FROM {view}{condition}") for view in tables),  # noqa: S608  # shown, not run
     ]
     return _Group(params_text(key.params), params_text(varied), drawn, commands)
 
 
-def _sql_literal(value: Any) -> str:
-    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
-
-
-def _changed_options(key: FindingKey) -> list[str]:
-    """Return the options of ``layerlake analyze`` that give these parameters."""
-    from .analyses import ANALYSES
-
-    words = []
-    for option in dataclasses.fields(ANALYSES[key.analysis].options):
-        value, flag = key.params.get(option.name, option.default), option.name.replace("_", "-")
-        if value == option.default:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", str(value)]
-    return words
+def _spec(source: _Source, figure: Figure, table: pa.Table) -> dict[str, Any]:
+    axis = {"axis": source.axis} if figure.is_by_depth else {}
+    spec: dict[str, Any] = figure.draw(table, source.series, **axis).to_dict(
+        validate=False
+    )  # the tests validate
+    return spec
 
 
 def _is_outgrown(key: FindingKey, run: Run) -> bool:
@@ -347,33 +377,3 @@ def _is_outgrown(key: FindingKey, run: Run) -> bool:
         for site, extent in key.extents.items()
         if "partitions" in extent
     )
-
-
-def _counts(table: pa.Table, series: Sequence[Series]) -> str:
-    """Say how many tokens, samples or documents of each run the numbers are means over."""
-    column = next((name for name in _COUNTS if name in table.column_names), None)
-    if column is None:
-        return ""
-    largest: dict[str, int] = {}
-    for run, n in zip(table["run"].to_pylist(), table[column].to_pylist(), strict=True):
-        largest[run] = max(largest.get(run, 0), n or 0)
-    unit = column.removeprefix("n_")
-    if len(set(largest.values())) == 1 and len(largest) > 1:
-        return f"{max(largest.values()):,} {unit} of each run"
-    return ", ".join(
-        f"{largest[item.run]:,} {unit} of {item.label}" for item in series if item.run in largest
-    )
-
-
-def _remarks(table: pa.Table, series: Sequence[Series]) -> list[str]:
-    """Say why values are missing, in the table's own words."""
-    labels = {item.run: item.label for item in series}
-    runs_of: dict[str, dict[str, None]] = {}
-    for name in ("reason", "note"):
-        if name in table.column_names:
-            for row in table.select(["run", name]).to_pylist():
-                if row[name]:
-                    runs_of.setdefault(row[name], {})[labels[row["run"]]] = None
-    remarks = [f"{', '.join(of)}: {said}." for said, of in runs_of.items()]
-    hidden = len(remarks) - _N_REMARKS
-    return remarks if hidden <= 0 else [*remarks[:_N_REMARKS], f"The table has {hidden} more."]

@@ -126,6 +126,11 @@ class Statistic(ABC, Generic[Block]):
         """
         return None
 
+    @property
+    def is_extendable(self) -> bool:
+        """Whether a longer extent of the run asks again for all that is read now, so that it is worth keeping."""
+        return True
+
     @abstractmethod
     def read(self, run: Run, unit: Unit) -> Block:
         """Read what a unit names, and nothing else."""
@@ -157,10 +162,9 @@ def choose_sites(run: Run, alternatives: Sequence[Sequence[str]]) -> tuple[str, 
     Raises
     ------
     SiteNotFound
-        It holds none of them; the error is about the first.
+        It holds none of them; the error is about all that it lacks of the first.
     """
-    for site in lacking_sites(run, alternatives):
-        run.require_site(site)
+    run.require_sites(*lacking_sites(run, alternatives))
     return next(tuple(sites) for sites in alternatives if all(map(run.has_site, sites)))
 
 

@@ -29,7 +29,7 @@ __all__ = [
     "permutation_p_values",
 ]
 
-SUBJOINER_VERSION = 1
+SUBJOINER_VERSION = 2
 SUBJOINER_VIEWS = ("subjoiner", "subjoiner_attention")
 
 CLASSES = ("split", "single")
@@ -64,7 +64,7 @@ class SubjoinerOptions:
     seed: int = field(default=0, metadata={"help": "Seed of the choice of prompts, and of the permutations."})
 
     def __post_init__(self) -> None:
-        least = {"word_tokens": 3, "words": 0, "per_word": 1, "per_document": 1, "permutations": 1, "seed": 0}
+        least = {"word_tokens": 3, "words": 0, "per_word": 1, "per_document": 1, "permutations": 1}
         for name, low in {**least, "prompts": _MIN_PROMPTS}.items():
             if getattr(self, name) < low:
                 raise AnalysisError(f"Option {name} is at least {low}, not {getattr(self, name)}.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .panels import WIDTH, Panel, Row, Series, concat, draw_lines, table_rows
+from .panels import WIDTH, Panel, concat, draw_lines, wrapped
+from .series import Axis, Row, Series, table_rows
 
 if TYPE_CHECKING:
     import altair as alt
@@ -16,10 +17,20 @@ __all__ = ["subjoiner_attention_chart", "subjoiner_chart"]
 _N_PROMPTS = 10  # of each class, as in the paper's Figure 6b; their order in the table is random
 
 
-def subjoiner_chart(table: pa.Table, series: Sequence[Series]) -> alt.ConcatChart:
-    """Draw the score of each layer's best subjoiner head, and how many of its heads are subjoiners (q < 0.05)."""
+def subjoiner_chart(table: pa.Table, series: Sequence[Series], *, axis: Axis = "depth") -> alt.ConcatChart:
+    """Draw the score of each layer's best subjoiner head, and how many of its heads are subjoiners (q < 0.05).
+
+    Parameters
+    ----------
+    table : pa.Table
+        The view ``subjoiner``.
+    series : sequence of Series
+        The runs to draw.
+    axis : {'depth', 'paper'}
+        Where layers stand.
+    """
     layers: dict[tuple[str, int], list[Row]] = {}
-    for row in table_rows(table, series, "layer"):
+    for row in table_rows(table, series, "layer", axis):
         layers.setdefault((row["run"], row["layer"]), []).append(row)
     rows = []
     for heads in layers.values():
@@ -57,27 +68,29 @@ def subjoiner_attention_chart(table: pa.Table, series: Sequence[Series]) -> alt.
         scale=alt.Scale(domain=[0, highest], scheme="viridis"),
         legend=alt.Legend(title="attention", gradientLength=180, tickCount=5),
     )
-    axis = alt.Axis(labelAngle=0, labelLimit=110, domain=False, tickSize=3)
+    positions = alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=4, domain=False, tickSize=3)
+    words = alt.Axis(labelLimit=0, domain=False, tickSize=3)
+    size = WIDTH // 2 - 170
     panels = []
     for item in series:
-        for name, words in (("split", "words of several tokens"), ("single", "words of one token")):
+        for name, of_class in (("split", "words of several tokens"), ("single", "words of one token")):
             cells = cells_of.get((item.run, name))
             if not cells:
                 continue
             first = panels_of[item.run, name][0]
-            title = f"{labels[item.run]}, layer {first['layer']}, head {first['head']}: {words}"
+            title = f"{labels[item.run]}, layer {first['layer']}, head {first['head']}: {of_class}"
             chart = alt.Chart(alt.InlineData(values=cells)).mark_rect()
             panels.append(
                 chart.encode(
-                    x=alt.X("position:O", title="position", axis=axis),
-                    y=alt.Y("word:N", title=None, sort=None, axis=axis),
+                    x=alt.X("position:O", title="position", axis=positions),
+                    y=alt.Y("word:N", title=None, sort=None, axis=words),
                     color=color,
                     tooltip=[
                         alt.Tooltip("word:N"),
                         alt.Tooltip("position:O"),
                         alt.Tooltip("weight:Q", title="attention"),
                     ],
-                ).properties(width=WIDTH // 2 - 170, height=230, title=title)
+                ).properties(width=size, height=230, title=wrapped(title, size + 75))
             )
     return concat(panels, columns=2, x="independent", y="independent")
 

@@ -26,6 +26,8 @@ class MaskedTokens:
     """``[token]``: whose token it is."""
     next_ids: Ints
     """``[token]``: the token that really follows, which the model should predict."""
+    are_all: bool
+    """Whether they are the whole mask."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,7 +103,7 @@ def choose_tokens(run: Run, tokens: str, seed: int) -> MaskedTokens:
         )
     n = masked.num_rows
     chosen = choose_spread(n, n if tokens == "all" else parse_count(tokens), seed)
-    columns = (
+    rows, documents, next_ids = (
         masked[name].to_numpy().astype(np.int64)[chosen] for name in ("row", "document", "next_token_id")
     )
-    return MaskedTokens(*columns)
+    return MaskedTokens(rows, documents, next_ids, are_all=len(chosen) == n)

@@ -32,7 +32,7 @@ __all__ = [
     "pair_features",
 ]
 
-WIC_VERSION = 1
+WIC_VERSION = 2
 WIC_VIEWS = ("wic", "wic_summary")
 
 FEATURES = ("interaction", "concat", "concat_difference", "cosine")
@@ -43,6 +43,8 @@ C_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 _MAX_ITERATIONS = 1000
 _NOT_FITTED = -1
+_UNDEFINED = "a state has no direction to take a cosine of: in every dimension it is the mean of train"
+_ONE_SEED = "no spread: only one seed"
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -84,7 +86,7 @@ class WicStatistic(Statistic[WicBlock]):
     """The probes of every boundary.
 
     A unit reads the rows of the words at one boundary, and fits 4 × seeds × 6 probes and at most 24 more. It
-    holds 42 bytes for each item and dimension (WiC's 6,066 items at d_model 4096: 1 GB). The state is
+    holds 50 bytes for each item and dimension (WiC's 6,066 items at d_model 4096: 1.2 GB). The state is
     4 bytes for each boundary, features, seed and item of dev.
     """
 
@@ -168,7 +170,7 @@ class WicStatistic(Statistic[WicBlock]):
             "accuracy_hi": hi,
             "stderr_dev": _binomial_error(correct.mean(axis=1), correct.shape[1]),
             "C": grid[state.values[:, 0].astype(np.int64)],
-            **_remarks(fitted, stopped),
+            **_remarks([None if here else _UNDEFINED for here in fitted], stopped),
         }
         by_probe = correct.reshape(-1, n_seeds, correct.shape[1])
         by_seed = by_probe.mean(axis=2)
@@ -181,7 +183,10 @@ class WicStatistic(Statistic[WicBlock]):
             "accuracy_hi": hi,
             "stderr_dev": _binomial_error(by_seed.mean(axis=1), correct.shape[1]),
             "stderr_seeds": spread / np.sqrt(n_seeds),
-            **_remarks(fitted[::n_seeds], stopped.reshape(-1, n_seeds).any(axis=1)),
+            **_remarks(
+                [(None if n_seeds > 1 else _ONE_SEED) if here else _UNDEFINED for here in fitted[::n_seeds]],
+                stopped.reshape(-1, n_seeds).any(axis=1),
+            ),
         }
         params = {**self.key, "dev_split": self.items.dev_split, "variant": "default"}
         return {
@@ -207,7 +212,7 @@ def _standardised(states: Floats, n_train: int) -> tuple[Floats, Floats]:
     from sklearn.preprocessing import StandardScaler
 
     width = states.shape[-1]
-    scaler = StandardScaler(copy=False).fit(states[:n_train].reshape(-1, width))
+    scaler = StandardScaler().fit(states[:n_train].reshape(-1, width))
     scaled = scaler.transform(states.reshape(-1, width)).reshape(states.shape)
     return scaled[:, 0], scaled[:, 1]
 
@@ -281,14 +286,10 @@ def fit_probes(x: Floats, labels: Bools, held_out: Bools) -> Iterator[Floats]:
         yield finished[best]
 
 
-def _remarks(fitted: Bools, stopped: Bools) -> dict[str, Any]:
+def _remarks(reasons: list[str | None], stopped: Bools) -> dict[str, Any]:
     """Return the columns that say why there is no value, and what to know of one."""
-    undefined = "a state has no direction to take a cosine of: in every dimension it is the mean of train"
     unfinished = f"a fit did not converge in {_MAX_ITERATIONS} iterations"
-    return {
-        "reason": [None if here else undefined for here in fitted],
-        "note": [unfinished if here else None for here in stopped],
-    }
+    return {"reason": reasons, "note": [unfinished if here else None for here in stopped]}
 
 
 def _binomial_error(share: Doubles, n: int) -> Doubles:

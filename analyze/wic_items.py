@@ -38,7 +38,7 @@ class WicItems:
     """``[item, sentence, 2]``: the first row of the word, and the one after its last."""
     n_train: int
     n_left_out: int
-    """Items of the two splits of which a sentence was refused, or that have no label."""
+    """Items of the two splits of which a sentence was refused or is excluded, or that have no label."""
     dev_split: str
 
 
@@ -74,7 +74,7 @@ def choose_items(run: Run, train: str, dev: str, *, pooling: Literal["last", "me
     whole = {
         place: (pair["sentence1"], pair["sentence2"])
         for place, pair in sentences.items()
-        if all(_is_usable(pair.get(role)) for role in ("sentence1", "sentence2"))
+        if all(_is_usable(run, pair.get(role)) for role in ("sentence1", "sentence2"))
     }
     places = sorted(whole, key=lambda place: (splits.index(place[0]), place[1]))
     labels = np.array([whole[place][0]["label"] == 1 for place in places], dtype=np.bool_)
@@ -91,8 +91,10 @@ def choose_items(run: Run, train: str, dev: str, *, pooling: Literal["last", "me
     )
 
 
-def _is_usable(row: Mapping[str, Any] | None) -> bool:
-    return row is not None and row["status"] != "refused" and row["label"] is not None
+def _is_usable(run: Run, row: Mapping[str, Any] | None) -> bool:
+    if row is None or row["status"] == "refused" or row["document"] in run.excluded:
+        return False
+    return row["label"] is not None
 
 
 def _span(row: Mapping[str, Any], pooling: str) -> tuple[int, int]:

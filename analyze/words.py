@@ -47,7 +47,8 @@ def find_words(
     A word stands between white space. It counts where it is all lower-case ASCII letters, some tokens are
     exactly a blank and the word, and enough *kept* words come before it in its document: words that are all
     letters, and not all capitals, whatever stands between them. The last word of a document as long as the
-    context does not count, for it may be cut. Special tokens are white space.
+    context does not count, for it may be cut. Special tokens are white space. A token without text, as an incomplete
+    character may be, belongs to a word only inside it.
 
     Reads the token table and the vocabulary, nothing else: a second for a million tokens.
 
@@ -71,8 +72,9 @@ def find_words(
         pieces = texts[ids[start:end]].tolist()
         text = "".join(pieces)
         ends = list(accumulate(map(len, pieces)))
-        last_of = {stop: i for i, stop in enumerate(ends)}
-        first_of = {stop - len(piece): i for i, (stop, piece) in enumerate(zip(ends, pieces, strict=True))}
+        with_text = [i for i, piece in enumerate(pieces) if piece]
+        last_of = {ends[i]: i for i in with_text}
+        first_of = {ends[i] - len(pieces[i]): i for i in with_text}
         end_counts = end - start < run.manifest.geometry.context
         n_kept = 0
         for match in re.finditer(r"\S+", text):

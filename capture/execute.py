@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -17,9 +18,12 @@ from ..catalog.errors import CaptureInProgress, CaptureUnfinished, CorruptRun, P
 from ..catalog.lake import create_lake
 from ..catalog.manifest import Manifest
 from ..catalog.run import Run
+from ..catalog.schedules import parse_schedule
 from ..catalog.stores import Store
 from ..console import CaptureProgress
+from .blocks import run_schedule
 from .frozen import FrozenPlan, PartitionWork
+from .hooks import Forward, run_whole
 from .ledgers import is_open, pending_work, withdraw_disputed
 from .memory import MemoryPlan, plan_memory
 from .model import OpenModel, open_model
@@ -153,6 +157,7 @@ def execute_plan(
         memory=memory,
         provenance=_provenance(plan, model, checks),
         overflow=plan.spec.overflow,
+        forward=_forward(frozen.manifest, model),
         progress=progress,
     )
     with numerics(frozen.n_threads):
@@ -162,6 +167,13 @@ def execute_plan(
     else:
         worker.outcome.run = Run(store, committed)
     return worker.outcome
+
+
+def _forward(manifest: Manifest, model: OpenModel) -> Forward:
+    """Return how a run's model is run: as it is, or its blocks in the run's own order."""
+    if manifest.schedule is None:
+        return run_whole
+    return partial(run_schedule, steps=parse_schedule(manifest.schedule, model.shape.n_layers))
 
 
 def _begin(plan: CapturePlan, lake: str | os.PathLike[str], store: Store) -> CapturePlan:
@@ -175,7 +187,7 @@ def _begin(plan: CapturePlan, lake: str | os.PathLike[str], store: Store) -> Cap
     try:
         committed = init_capture(store, plan.frozen, documents=plan.documents, tokens=plan.tokens)
     except CaptureInProgress:
-        if not await_plan(store, plan.frozen):
+        if plan.manifest.schedule is not None or not await_plan(store, plan.frozen):
             raise
         return _begin(plan_capture(plan.spec, lake), lake, store)
     return plan if committed is None else replace(plan, manifest=committed, frozen=None)

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
     from .model import OpenModel
 
-__all__ = ["hook_name", "listen", "pad", "unpad"]
+__all__ = ["Forward", "Take", "hook_name", "listen", "pad", "run_whole", "unpad"]
+
+Take = Callable[["torch.Tensor"], None]
+"""Is given a value as a hook point shows it."""
+
+Forward = Callable[["OpenModel", "torch.Tensor", Mapping[tuple[str, int], Take]], None]
+"""Runs a model over ids and shows each (site, layer) that is asked for to its taker, in the order of the forward."""
 
 _HOOKS = {
     "attn_out": "blocks.{}.hook_attn_out",
@@ -38,9 +44,7 @@ def hook_name(site: str, layer: int, shape: ModelShape) -> str:
 
 
 @contextmanager
-def listen(
-    model: OpenModel, observers: Mapping[str, Sequence[Callable[[torch.Tensor], None]]]
-) -> Iterator[None]:
+def listen(model: OpenModel, observers: Mapping[str, Sequence[Take]]) -> Iterator[None]:
     """Call functions with the value of each named hook point at every forward, until the block ends."""
     points = []
     try:
@@ -55,7 +59,16 @@ def listen(
             point.remove_hooks("fwd")
 
 
-def _observer(function: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+def run_whole(model: OpenModel, ids: torch.Tensor, takers: Mapping[tuple[str, int], Take]) -> None:
+    """Run a model as it is, without its LM head. See :data:`Forward`."""
+    observers: dict[str, list[Take]] = {}
+    for (site, layer), take in takers.items():
+        observers.setdefault(hook_name(site, layer, model.shape), []).append(take)
+    with listen(model, observers):
+        model.body(ids, use_cache=False)
+
+
+def _observer(function: Take) -> Callable[..., None]:
     def observe(value: torch.Tensor, hook: Any) -> None:  # noqa: ARG001  # TransformerLens passes it by name
         function(value)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from ..catalog.manifest import Manifest
 from ..catalog.sites import SITES
 from .bands import band_sums
 from .frozen import PartitionWork
-from .hooks import hook_name, listen, pad
+from .hooks import Forward, Take, pad, run_whole
 from .memory import values_nbytes
 from .staging import as_numpy, as_tensor
 
@@ -197,6 +197,7 @@ def run_batch(
     staging: Staging,
     *,
     overflow: Overflow = "stop",
+    forward: Forward = run_whole,
 ) -> None:
     """Forward one batch; each site and layer is unpadded, cast and copied once to its rows.
 
@@ -214,6 +215,8 @@ def run_batch(
         Brings the values to the host.
     overflow : ``stop`` or ``keep``
         Whether a value that is not finite in the stored dtype is an error, or kept and counted.
+    forward : callable
+        Runs the model.
 
     Raises
     ------
@@ -223,13 +226,13 @@ def run_batch(
     import torch
 
     placed = [buffer.documents[number] for number in batch]
-    observers: dict[str, list[Callable[[torch.Tensor], None]]] = {}
-    for site, layer in buffer.values:
-        take = _taker(buffer, site, layer, placed=placed, staging=staging, overflow=overflow)
-        observers.setdefault(hook_name(site, layer, model.shape), []).append(take)
+    takers = {
+        (site, layer): _taker(buffer, site, layer, placed=placed, staging=staging, overflow=overflow)
+        for site, layer in buffer.values
+    }
     ids = pad([document.token_ids.tolist() for document in placed], device=model.device)
-    with torch.inference_mode(), listen(model, observers):
-        model.body(ids, use_cache=False)
+    with torch.inference_mode():
+        forward(model, ids, takers)
 
 
 def _taker(
@@ -240,7 +243,7 @@ def _taker(
     placed: Sequence[PlacedDocument],
     staging: Staging,
     overflow: Overflow,
-) -> Callable[[torch.Tensor], None]:
+) -> Take:
     """Return the function that puts one site and layer of a batch where it belongs."""
     import torch
 

@@ -36,7 +36,7 @@ from .phases import open_elsewhere, read_capture_tables, read_open_capture
 from .placement import EncodedDocument, Placement, place_documents
 from .spec import CaptureSpec, complete_spec
 
-__all__ = ["CapturePlan", "plan_capture"]
+__all__ = ["CapturePlan", "choose_geometry", "plan_capture", "plan_work"]
 
 _DEFAULT_CONTEXT = 512
 
@@ -169,7 +169,7 @@ def plan_capture(spec: CaptureSpec, lake: str | os.PathLike[str] | None = None) 
         encoder = TextEncoder(model.tokenizer, bos, context, spec.min_tokens or 1, model.shape.n_vocab)
         return list(encode_corpus(corpus, encoder, max_tokens=budget, skip=skip))
 
-    geometry = _geometry(spec, model.shape, context, existing)
+    geometry = choose_geometry(spec, model.shape, context, existing)
     placement = place_missing(encode, asked.max_tokens, geometry, asked.held)
     current = existing or Manifest(
         run_id=run_id,
@@ -183,7 +183,7 @@ def plan_capture(spec: CaptureSpec, lake: str | os.PathLike[str] | None = None) 
         bos_token_id=bos,
         codec=spec.codec or "none",
     )
-    return _plan_work(asked, current, placement)
+    return plan_work(asked, current, placement)
 
 
 def _nothing_to_do(asked: Asked, manifest: Manifest) -> CapturePlan:
@@ -217,7 +217,7 @@ def _plan_full_windows(spec: CaptureSpec, store: Store | None) -> CapturePlan:
     if not n_windows:
         raise PlanError(f"--max-tokens {spec.max_tokens} is less than one window of {context} tokens.")
     window = EncodedDocument(("",), np.zeros(context, dtype=np.int32), context)
-    geometry = _geometry(spec, shape, context, None)
+    geometry = choose_geometry(spec, shape, context, None)
     current = Manifest(
         run_id="",
         model_id="",
@@ -230,10 +230,10 @@ def _plan_full_windows(spec: CaptureSpec, store: Store | None) -> CapturePlan:
         bos_token_id=None,
         codec=spec.codec or "none",
     )
-    return _plan_work(asked, current, place_documents([window] * n_windows, geometry))
+    return plan_work(asked, current, place_documents([window] * n_windows, geometry))
 
 
-def _plan_work(asked: Asked, current: Manifest, placement: Placement) -> CapturePlan:
+def plan_work(asked: Asked, current: Manifest, placement: Placement) -> CapturePlan:
     """Plan what is missing of these documents and sites."""
     lacking = lacking_sites(asked.sites, asked.held, placement)
     if not lacking:
@@ -338,7 +338,7 @@ def _identity(
     }
 
 
-def _geometry(spec: CaptureSpec, shape: ModelShape, context: int, begun: Manifest | None) -> Geometry:
+def choose_geometry(spec: CaptureSpec, shape: ModelShape, context: int, begun: Manifest | None) -> Geometry:
     """Take the geometry of the run's first capture, or choose one."""
     if begun is not None:
         _require_run_s_own(spec, begun)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from ..catalog.errors import PlanError
@@ -15,8 +12,9 @@ from ..catalog.run import Run
 from ..catalog.stores import Store
 from ..console import CaptureProgress
 from .frozen import FrozenPlan, PartitionWork
+from .hooks import Forward, run_whole
 from .ledgers import begin_attempt, is_wanted, pending_work, write_ledger
-from .memory import N_SLOTS, MemoryPlan, PeakMemory
+from .memory import N_SLOTS, MemoryPlan, PeakMemory, keep_freed
 from .model import OpenModel
 from .partition import Overflow, PartitionBuffer, PlacedDocument, run_batch
 from .pipeline import Pipeline
@@ -27,35 +25,6 @@ __all__ = ["Outcome", "Worker", "silent"]
 
 def silent(phase: str, done: int, total: int, *, nbytes: int = 0, queued: int = 0) -> None:
     """Show no progress."""
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-
-@cache
-def _of_glibc(name: str) -> Any:
-    """Return a function of glibc's malloc; None where memory is another library's."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
-
-
-def _keep_freed() -> None:
-    """Let glibc keep what a layer of a forward lets go of for the next, for this whole process.
-
-    By itself it gives large blocks back to the system at once, and gets them again page by page: for 6000 tokens of
-    GPT-2 on two cores, two seconds beside the five of the forward.
-    """
-    if mallopt := _of_glibc("mallopt"):
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
-
-
-def _give_back_freed() -> None:
-    """Give back to the system what the last batches have let go of: glibc keeps it, scattered, for blocks to come.
-
-    The next batch then waits for the system to clear it again, page by page: a tenth of a forward on two cores.
-    """
-    if malloc_trim := _of_glibc("malloc_trim"):
-        malloc_trim(0)
 
 
 @dataclass(slots=True)
@@ -108,6 +77,7 @@ class Worker:
     provenance: dict[str, Any] = field(default_factory=dict)
     """What is worth knowing of this process and is not identity: versions, device, self-check."""
     overflow: Overflow = "stop"
+    forward: Forward = run_whole
     progress: CaptureProgress = silent
     outcome: Outcome = field(default_factory=Outcome)
 
@@ -133,7 +103,7 @@ class Worker:
             ) from error
 
     def _write(self, mine: Sequence[PartitionWork]) -> None:
-        _keep_freed()
+        keep_freed()
         manifest, outcome = self.frozen.manifest, self.outcome
         lengths = {p.index: p.n_rows for p in manifest.partitions}
         total = sum(lengths[work.index] for work in mine)
@@ -172,13 +142,10 @@ class Worker:
                     )
                     nbytes = buffer.nbytes([self.documents[number] for number in batch])
                     pipeline.reserve(nbytes)
-                    taken = peak.taken_nbytes()
-                    if (
-                        taken is not None
-                        and taken + nbytes + self.memory.ahead_nbytes > self.memory.max_nbytes
-                    ):
-                        _give_back_freed()
-                    run_batch(self.model, buffer, batch, staging, overflow=self.overflow)
+                    peak.trim_above(self.memory.max_nbytes - nbytes - self.memory.ahead_nbytes)
+                    run_batch(
+                        self.model, buffer, batch, staging, overflow=self.overflow, forward=self.forward
+                    )
                     done += sum(self.documents[number].n_tokens for number in batch)
                 staging.then(lambda buffer=buffer: pipeline.write(buffer))  # type: ignore[misc]
                 outcome.n_tokens += lengths[work.index]

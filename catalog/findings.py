@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from .errors import CorruptRun, decoding
 from .layout import finding_path
 from .stores import Store, Stored
-from .tables import to_parquet
+from .tables import read_part, to_parquet
 
 __all__ = [
     "Finding",
@@ -52,16 +52,17 @@ class FindingKey:
     """Raised whenever the analysis would give other numbers from the same data."""
     run: str
     params: Mapping[str, Any]
-    """Every parameter that changes the result; JSON values only."""
+    """Every parameter that changes the result; JSON values only. ``n_excluded`` is how many documents were left out."""
     extents: Mapping[str, Any]
     """For each site that is read, what the run held of it (:meth:`Run.extent`)."""
+    part: str = ""
+    """Of a finding that grows, which part of it this is; a view shows all of them."""
 
     @property
     def digest(self) -> str:
         """Sixteen hex digits of the SHA-256 of the key."""
-        text = json.dumps(
-            [self.analysis, self.version, self.run, dict(self.params), dict(self.extents)], sort_keys=True
-        )
+        fields = [self.analysis, self.version, self.run, dict(self.params), dict(self.extents)]
+        text = json.dumps(fields + [self.part] * bool(self.part), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -157,8 +158,9 @@ def write_finding(store: Store, finding: Finding) -> None:
         "run": key.run,
         "params": dict(key.params),
         "extents": dict(key.extents),
+        "part": key.part,
         "views": list(finding.tables),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
     }
     metadata = {_METADATA_KEY: json.dumps(description, sort_keys=True).encode()}
     for view, table in reversed(finding.tables.items()):
@@ -177,10 +179,11 @@ def read_finding(store: Store, key: FindingKey, views: Iterable[str]) -> Finding
     for view in views:
         path = finding_path(view, key.digest)
         try:
-            with store.open(path) as file, decoding(path, hint=f"Remove {path} and analyze again."):
-                tables[view] = pq.read_table(file).replace_schema_metadata(None)
-        except FileNotFoundError:
-            return None
+            tables[view] = read_part(store, path).replace_schema_metadata(None)
+        except CorruptRun as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
     return Finding(key.analysis, tables, (key,))
 
 
@@ -242,17 +245,37 @@ def describe_finding(store: Store, view: str, digest: str, *, nbytes: int | None
 
 
 def newest_findings(stored: Iterable[StoredTable]) -> list[StoredTable]:
-    """Keep, for each view, run and parameter set, the newest version and extent only."""
+    """Keep, for each view, run and parameter set, the newest extent only, of an analysis's newest version there.
+
+    What an older version has found goes as a whole, for parameters of two versions do not compare.
+    """
+    tables = list(stored)
+    versions: dict[tuple[str, str], int] = {}
+    for table in tables:
+        place = table.key.analysis, table.key.run
+        versions[place] = max(table.key.version, versions.get(place, table.key.version))
     newest: dict[str, StoredTable] = {}
-    for table in stored:
-        slot = json.dumps([table.view, table.key.run, dict(table.key.params)], sort_keys=True)
+    for table in tables:
+        if table.key.version < versions[table.key.analysis, table.key.run]:
+            continue
+        slot = _slot(table)
         if slot not in newest or _age(newest[slot]) < _age(table):
             newest[slot] = table
     return list(newest.values())
 
 
-def _age(table: StoredTable) -> tuple[int, int, str]:
-    return table.key.version, table.n_tokens, table.created
+def _slot(table: StoredTable) -> str:
+    """Return what tables have in common of which a view shows one.
+
+    Whether documents were left out is a choice; how many is counted anew in each extent.
+    """
+    params = dict(table.key.params)
+    params["n_excluded"] = bool(params.get("n_excluded"))
+    return json.dumps([table.view, table.key.run, params, table.key.part], sort_keys=True)
+
+
+def _age(table: StoredTable) -> tuple[int, str]:
+    return table.n_tokens, table.created
 
 
 def merge_findings(findings: Iterable[Finding]) -> Finding:

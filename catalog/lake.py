@@ -81,7 +81,7 @@ class Lake:
         return self._open(match_run(prefix, self.run_ids, url=self.url))
 
     def runs(self, prefixes: Sequence[str] = ()) -> list[Run]:
-        """Open the runs that the prefixes name, or all runs, in the order of their ids."""
+        """Open the runs that the prefixes name, each once, or all runs, in the order of their ids."""
         return [self._open(run_id) for run_id in self._match(prefixes)]
 
     def readable_runs(self, prefixes: Sequence[str] = ()) -> dict[str, Run | LayerLakeError]:
@@ -96,7 +96,8 @@ class Lake:
 
     def _match(self, prefixes: Sequence[str]) -> list[str]:
         known = self.run_ids
-        return [match_run(prefix, known, url=self.url) for prefix in prefixes] or known
+        named = dict.fromkeys(match_run(prefix, known, url=self.url) for prefix in prefixes)
+        return list(named) or known
 
     def _open(self, run_id: str) -> Run:
         manifest = read_manifest(self.store, run_id)

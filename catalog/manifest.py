@@ -61,6 +61,18 @@ class Manifest:
     number: int = 0
     """The snapshot's place in the log, from 1."""
 
+    @property
+    def baseline(self) -> str | None:
+        """The run whose model this one's is but for its schedule, and whose documents it has; None of most runs."""
+        baseline: str | None = self.identity.get("baseline")
+        return baseline
+
+    @property
+    def schedule(self) -> str | None:
+        """The order in which the baseline's blocks ran: layer i of this run is its i-th step. None of most runs."""
+        schedule: str | None = self.identity.get("schedule")
+        return schedule
+
     def partition(self, index: int) -> Partition:
         """Return the partition of this index."""
         (found,) = (partition for partition in self.partitions if partition.index == index)

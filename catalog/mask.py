@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MIN_MASKED_TOKENS", "evaluation_positions"]
+__all__ = ["MIN_MASKED_TOKENS", "evaluation_positions", "sample_positions"]
 
 MIN_MASKED_TOKENS = 3
 """Documents shorter than this have no masked position."""
@@ -26,3 +26,19 @@ def evaluation_positions(n_tokens: int) -> npt.NDArray[np.int64]:
     []
     """
     return np.arange(1, max(1, n_tokens - 1), dtype=np.int64)
+
+
+def sample_positions(document: int, n_tokens: int, n_positions: int | None) -> npt.NDArray[np.int64]:
+    """Return some of a document's evaluation positions, ascending, or all: int64 ``[position]``.
+
+    Which they are depends on the document's number alone, so that whoever looks at it later sees the same.
+
+    Examples
+    --------
+    >>> sample_positions(0, 5, None).tolist(), len(sample_positions(0, 100, 10))
+    ([1, 2, 3], 10)
+    """
+    positions = evaluation_positions(n_tokens)
+    if n_positions is None or n_positions >= len(positions):
+        return positions
+    return np.sort(np.random.default_rng([0, document]).choice(positions, n_positions, replace=False))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .errors import SiteNotFound, did_you_mean
+from .errors import NotInLake, SiteNotFound, did_you_mean
 from .layout import activations_path, model_path, object_name, part_path, run_path
 from .manifest import Manifest, Partition
 from .mask import evaluation_positions
@@ -140,9 +140,16 @@ class Run:
 
         Raises
         ------
+        NotInLake
+            The run is of an intervened model: its layers are steps of a schedule, and weights by layer its baseline's.
         CorruptRun
             The lake has no such weight of the model; reading it says so of the weight's objects.
         """
+        if self.manifest.baseline is not None and name in ("W_out", "b_out"):
+            raise NotInLake(
+                f"The layers of run {self.run_id} are steps of {self.manifest.schedule}: it has no weights by layer.",
+                hint=f"They are its baseline's: --run {self.manifest.baseline}",
+            )
         return self._open_array(f"{model_path(self.manifest.model_id)}/weights.zarr", name, _is_chunk)
 
     def _open_array(self, folder: str, name: str, is_named: Callable[[str], bool]) -> zarr.Array[Any]:
@@ -160,29 +167,34 @@ class Run:
         held = self.manifest.sites.get(site, ())
         return len(held) == len(self.manifest.partitions) > 0
 
-    def require_site(self, site: str) -> None:
-        """Raise unless the run holds the site in every partition.
+    def require_sites(self, *sites: str) -> None:
+        """Raise unless the run holds the sites in every partition.
 
         Raises
         ------
         SiteNotFound
-            It does not; the hint is the command that captures it.
+            It lacks some; the hint is the command that captures them all.
         """
-        if self.has_site(site):
+        lacking = [site for site in sites if not self.has_site(site)]
+        if not lacking:
             return
-        held = self.manifest.sites.get(site, ())
-        part = (
-            f"in {len(held)} of its {len(self.manifest.partitions)} partitions only" if held else "not at all"
-        )
-        near = "" if site in SITES else did_you_mean(site, SITES)
+        parts = " and ".join(f"site '{site}' {self._part_held(site)}" for site in lacking)
+        unknown = next((site for site in lacking if site not in SITES), None)
+        near = did_you_mean(unknown, SITES) if unknown else ""
         raise SiteNotFound(
-            f"Run {self.run_id} holds site '{site}' {part} (it holds {', '.join(self.sites)}).{near}",
-            hint=f"Capture it: layerlake capture LAKE … --sites {site}" if site in SITES else "",
+            f"Run {self.run_id} holds {parts} (it holds {', '.join(self.sites)}).{near}",
+            hint=""
+            if unknown
+            else f"Capture what it lacks: layerlake capture LAKE … --sites {','.join(lacking)}",
         )
+
+    def _part_held(self, site: str) -> str:
+        held = len(self.manifest.sites.get(site, ()))
+        return f"in {held} of its {len(self.manifest.partitions)} partitions only" if held else "not at all"
 
     def extent(self, site: str) -> dict[str, Any]:
         """Return what the run holds of a site, as a part of a finding's key."""
-        self.require_site(site)
+        self.require_sites(site)
         held = [p for p in self.manifest.partitions if p.index in self.manifest.sites[site]]
         excluded = {"excluded": sorted(self.excluded)} if self.excluded else {}
         return {"n_tokens": sum(p.n_rows for p in held), "partitions": [p.index for p in held], **excluded}
@@ -200,7 +212,7 @@ class Run:
         if site in SITES and not SITES[site].is_array:
             raise SiteNotFound(f"Site '{site}' is a table, not an array.", hint=f"Read it as run.{site}.")
         if site not in self.sites:
-            self.require_site(site)
+            self.require_sites(site)
         axis, partitions = SITES[site].dims.index(SITES[site].rows), frozenset(self.manifest.sites[site])
         is_named = partial(_is_shard, axis=axis, partitions=partitions)
         return self._open_array(activations_path(self.run_id), site, is_named)
@@ -277,7 +289,7 @@ class Run:
     @property
     def attn_band(self) -> pa.Table:
         """Sums of attention near the diagonal, of all partitions (``tables.ATTN_BAND``); read anew each time."""
-        self.require_site("attn_band")
+        self.require_sites("attn_band")
         return pa.concat_tables(self.read_attn_band(partition) for partition in self.manifest.partitions)
 
     def read_attn_band(
@@ -332,7 +344,7 @@ class Run:
         import dask.array as da
         import xarray
 
-        self.require_site(name)
+        self.require_sites(name)
         site, array = SITES[name], self.array(name)
         axis = site.dims.index(site.rows)
         # Dask takes equal names for equal values: two lakes may hold runs of one id, captured on two machines.

@@ -87,6 +87,10 @@ ANALYSIS_SITES: dict[str, tuple[tuple[str, ...], ...]] = {
     "ing": (("resid", "mlp_post"),),
     "norms": (("resid", "attn_out", "mlp_out"),),
     "interventions": (("resid",),),
+    "intervention_summary": (("resid",),),
+    "swap_cosines": (("resid",),),
+    "benchmarks": (("resid",),),
+    "stages": (("resid", "attn_band"), ("resid", "pattern")),
 }
 """For each analysis the sets of sites that answer it, any of which will do, the preferred one first.
 

@@ -283,8 +283,8 @@ def _read_finding(content: bytes, view: str, digest: str) -> dict[str, Any]:
     """Return the description of one table of a finding."""
     file = open_sealed_parquet(content)
     description: dict[str, Any] = json.loads(file.metadata.metadata[b"layerlake"])
-    names = ("analysis", "version", "run", "params", "extents")
-    key = FindingKey(**{name: description[name] for name in names})
+    names = ("analysis", "version", "run", "params", "extents", "part")
+    key = FindingKey(**{name: description[name] for name in names if name in description})
     require("digest of the key", key.digest, digest)
     views = description.setdefault("views", [view])
     if view not in views:

@@ -33,6 +33,11 @@ ANALYSIS_OF_VIEW = {
     "ing": "ing",
     "ing_neurons": "ing",
     "ing_histograms": "ing",
+    "intervention_summary": "intervention_summary",
+    "swap_cosines": "swap_cosines",
+    "benchmarks": "benchmarks",
+    "stages": "stages",
+    "stage_curves": "stages",
     "norms": "norms",
     "norm_tokens": "norms",
 }
@@ -52,6 +57,8 @@ _RUNS = pa.schema(
         ("dtype", pa.string()),
         ("context", pa.int32()),
         ("bos_token_id", pa.int32()),
+        ("baseline", pa.string()),  # of an intervened model: the run that it is compared with,
+        ("schedule", pa.string()),  # and the order in which that one's blocks ran
         ("created", pa.string()),  # UTC, ISO 8601: when the first capture was finished
     ]
 )
@@ -142,6 +149,8 @@ def _run_row(run: Run) -> dict[str, object]:
         "dtype": manifest.dtype,
         "context": manifest.geometry.context,
         "bos_token_id": manifest.bos_token_id,
+        "baseline": manifest.baseline,
+        "schedule": manifest.schedule,
         "created": next((capture.get("finished") for capture in manifest.captures), None),
     }
 

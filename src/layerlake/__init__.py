@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .capture.execute import capture_run
+    from .capture.interventions import InterventionSpec
     from .capture.plan import CapturePlan, plan_capture
     from .capture.spec import CaptureSpec
     from .catalog.errors import LayerLakeError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .catalog.run import Run
     from .catalog.shapes import ModelShape
     from .catalog.sites import SITES, Site
+    from .interventions import intervene
     from .lake import Lake, open_lake
 
 __all__ = [
@@ -21,12 +23,14 @@ __all__ = [
     "CapturePlan",
     "CaptureSpec",
     "Finding",
+    "InterventionSpec",
     "Lake",
     "LayerLakeError",
     "ModelShape",
     "Run",
     "Site",
     "capture_run",
+    "intervene",
     "open_lake",
     "plan_capture",
 ]
@@ -38,12 +42,14 @@ _HOMES = {
     "CapturePlan": "capture.plan",
     "CaptureSpec": "capture.spec",
     "Finding": "catalog.findings",
+    "InterventionSpec": "capture.interventions",
     "Lake": "lake",
     "LayerLakeError": "catalog.errors",
     "ModelShape": "catalog.shapes",
     "Run": "catalog.run",
     "Site": "catalog.sites",
     "capture_run": "capture.execute",
+    "intervene": "interventions",
     "open_lake": "lake",
     "plan_capture": "capture.plan",
 }

@@ -94,7 +94,8 @@ class _Rates:
             self._began, self._done_before = time.monotonic(), done
         seconds = max(1e-9, time.monotonic() - self._began)
         tokens = done - self._done_before
-        return f"{tokens / seconds:,.0f} tok/s, {nbytes / seconds / 1e6:,.0f} MB/s, {queued} queued"
+        stored = f", {nbytes / seconds / 1e6:,.0f} MB/s, {queued} queued" if nbytes or queued else ""
+        return f"{tokens / seconds:,.0f} tok/s{stored}"
 
     def remaining_s(self, done: int, total: int) -> float | None:
         """Return the seconds left at the rate so far; None before the first token."""

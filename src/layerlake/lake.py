@@ -12,6 +12,8 @@ from .catalog.lake import Lake as CatalogLake
 if TYPE_CHECKING:
     import duckdb
 
+    from .analyze.series import Axis
+
 __all__ = ["Lake", "open_lake"]
 
 
@@ -97,11 +99,16 @@ class Lake(CatalogLake):
             exclude_nonfinite=exclude_nonfinite,
         )
 
-    def report(self, path: str | os.PathLike[str], *, run: str | Sequence[str] = ()) -> None:
-        """Write the findings of some runs (all if empty) as one self-contained HTML file."""
+    def report(
+        self, path: str | os.PathLike[str], *, run: str | Sequence[str] = (), axis: Axis = "depth"
+    ) -> None:
+        """Write the findings of some runs (all if empty) as one self-contained HTML file.
+
+        Layer l of L stands in the middle of its block, at (l + 0.5)/L of the depth; with axis ``paper`` at l/(L - 1).
+        """
         from .analyze.report import write_report
 
-        write_report(self, path, runs=(run,) if isinstance(run, str) else tuple(run))
+        write_report(self, path, runs=(run,) if isinstance(run, str) else tuple(run), axis=axis)
 
 
 def open_lake(url: str | os.PathLike[str]) -> Lake:

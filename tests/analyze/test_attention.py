@@ -64,9 +64,10 @@ def test_locality_equals_one_shot_numpy(make_run: Callable[..., Run], shape: Mod
             assert row["bos_weight_lo"] == pytest.approx(lo[-1], abs=1e-12)
             assert row["uniform_mean_weight"] == pytest.approx(uniform, abs=1e-12)
             assert row["uniform_weight"] == pytest.approx(k * uniform, abs=1e-12)
-            assert (row["n_queries"], row["n_documents"], row["reason"]) == (sum(counts[:, 0]), 4, None)
-            if k:
-                assert row["per_distance_weight"] == pytest.approx(cumulative[k] / k, abs=1e-12)
+            assert (row["n_queries"], row["n_documents"]) == (sum(counts[:, 0]), 4)
+            assert row["reason"] is None
+            per_distance = cumulative[k] / k if k else mean[0]
+            assert row["per_distance_weight"] == pytest.approx(per_distance, abs=1e-12)
 
 
 def test_authors_pool_within_documents_and_weigh_them_equally(
@@ -86,6 +87,32 @@ def test_authors_pool_within_documents_and_weigh_them_equally(
     assert row["per_distance_weight"] == pytest.approx(np.mean(pooled), abs=1e-12)
     assert row["n_queries"] == sum(n - 5 for n in lengths)
     assert row["variant"] == "authors"
+    own = next(row for row in rows if row["layer"] == 1 and row["distance"] == 0)
+    expected = np.mean([np.diagonal(p, axis1=1, axis2=2).mean() for p in patterns])
+    assert own["per_distance_weight"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_authors_count_the_documents_of_each_distance(
+    make_run: Callable[..., Run], shape: ModelShape
+) -> None:
+    """Few documents are long; draws without any of them say nothing about what only they have."""
+    lengths = (24,) * 3 + (5,) * 20
+    run = make_run(shape=shape, lengths=lengths, context=32, partition_tokens=64, sites=["pattern"])
+    rows = compute_tables(AttentionStatistic.open, run, AttentionOptions(variant="authors"))[
+        "attention_locality"
+    ].to_pylist()
+    patterns = [run.attention(document, 0).to_numpy().astype(np.float64) for document in range(23)]
+    sums, counts = map(np.array, zip(*(by_dense(p.mean(axis=0), 0) for p in patterns), strict=True))
+    drawn = np.random.default_rng(0).integers(0, 23, (1000, 23))
+    for k in (4, 5, 10):
+        row = rows[k]
+        assert (row["distance"], row["n_documents"], row["reason"]) == (k, 23 if k < 5 else 3, None)
+        weight, count = sums[drawn, k].sum(axis=1), counts[drawn, k].sum(axis=1)
+        assert (count == 0).any() == (k >= 5)
+        expected = np.percentile(weight[count > 0] / count[count > 0], [2.5, 97.5])
+        assert [row["mean_weight_lo"], row["mean_weight_hi"]] == pytest.approx(expected, abs=1e-12)
+        for name in ("cumulative_weight", "per_distance_weight", "bos_weight"):
+            assert row[f"{name}_lo"] < row[name] < row[f"{name}_hi"]
 
 
 def test_uniform_attention_is_the_baseline(make_run: Callable[..., Run], shape: ModelShape) -> None:
@@ -124,7 +151,7 @@ def test_one_document_that_is_long_enough(make_run: Callable[..., Run]) -> None:
     ]
     assert row["mean_weight"] is not None
     assert row["mean_weight_lo"] is None
-    assert row["reason"] == "no interval: too few documents have a query that counts"
+    assert row["reason"] == "no interval: only one document has a query that counts"
 
 
 def columns_of(run: Run, variant: Literal["default", "authors"] = "default") -> dict[str, list[Any]]:

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pytest
 
 from layerlake.analyze import charts, ing_charts, subjoiner_charts
-from layerlake.analyze.charts import Series
-from layerlake.analyze.panels import Row
+from layerlake.analyze.panels import wrapped
+from layerlake.analyze.series import Axis, Kind, Row, Series, relative_depth
 
-A, B = Series("a-1", "model a", 2), Series("b-2", "model b", 4)
+A, B = Series("a-1", "model a", 2, "gpt2"), Series("b-2", "model b", 4, "gpt2")
+C = Series("c-3", "model c", 3, "llama")
 INTERVAL = {"_lo": -0.1, "": 0.0, "_hi": 0.1}
 
 
@@ -50,9 +51,11 @@ def counts_table(*series: Series) -> pa.Table:
     return pa.Table.from_pylist(
         [
             {"run": item.run, "layer": layer, "class": name, "n_units": n, "density": n / 16}
+            | {"threshold": 10.0, "min_kurtosis": above}
             for item in series
             for layer in range(item.n_layers)
-            for name, n in (("prediction", layer), ("other", 16 - layer))
+            for above, least in ((8.0, 1), (10.0, 0))
+            for name, n in (("prediction", layer + least), ("other", 16 - layer - least))
         ]
     )
 
@@ -65,9 +68,10 @@ def attention_table(*series: Series, bos: float | None = 0.25) -> pa.Table:
                 "layer": layer,
                 "distance": k,
                 "mean_weight": 0.02,
-                "cumulative_weight": 0.02 * k,
+                "bos_weight": bos,
+                "uniform_weight": 0.01 * k,
             }
-            | {"bos_weight": bos, "uniform_weight": 0.01 * k}
+            | {f"cumulative_weight{end}": 0.02 * k + d / 10 for end, d in INTERVAL.items()}
             for item in series
             for layer in range(item.n_layers)
             for k in range(17)
@@ -104,7 +108,8 @@ def subjoiner_attention_table(*series: Series, words: str = "abcdefghijkl") -> p
 def norms_table(*series: Series, mlp: float = 2.0) -> pa.Table:
     return pa.Table.from_pylist(
         [
-            {"run": item.run, "layer": layer, "component": name, "mean_norm": norm, "median_norm": norm}
+            {"run": item.run, "layer": layer, "component": name, "median_norm": norm}
+            | {f"mean_norm{end}": norm * (1 + d) for end, d in INTERVAL.items()}
             | {"p10": norm / 2, "p90": norm * 2, "relative_norm": norm / 8}
             | {"attn_mlp_ratio": 4 / mlp if mlp and name == "attn_out" else None}
             for item in series
@@ -184,15 +189,19 @@ CHARTS: dict[str, tuple[Callable[..., Any], Callable[..., pa.Table]]] = {
     "subjoiner, attention": (subjoiner_charts.subjoiner_attention_chart, subjoiner_attention_table),
     "wic": (charts.wic_chart, wic_table),
 }
-LINES = ("lens", "neurons", "attention", "norms", "subjoiner", "wic")
+LINES = {"lens": 4, "neurons": 2, "attention": 2, "distances": 5, "norms": 6, "subjoiner": 2, "wic": 4}
+"""The charts by depth, with the number of their panels."""
 
 Spec = dict[str, Any]
 
 
-def draw(name: str, *series: Series, table: pa.Table | None = None, validate: bool = False) -> Spec:
+def draw(
+    name: str, *series: Series, table: pa.Table | None = None, validate: bool = False, **options: Any
+) -> Spec:
     """The chart as JSON, which has to be strict; validation takes altair half of the time."""
     chart, make = CHARTS[name]
-    spec: Spec = chart(make(*series) if table is None else table, series).to_dict(validate=validate)
+    drawing = chart(make(*series) if table is None else table, series, **options)
+    spec: Spec = drawing.to_dict(validate=validate)
     assert json.loads(json.dumps(spec, allow_nan=False)) == spec
     return spec
 
@@ -209,11 +218,13 @@ def rows_of(spec: Spec) -> list[dict[str, Any]]:
 
 def encodings(spec: Spec) -> list[dict[str, Any]]:
     """The encodings of all marks."""
-    return [layer["encoding"] for panel in spec["concat"] for layer in panel.get("layer", [panel])]
+    return [layer.get("encoding", {}) for panel in spec["concat"] for layer in panel.get("layer", [panel])]
 
 
 def y_titles(spec: Spec) -> list[str]:
-    return list(dict.fromkeys(e["y"]["title"] for e in encodings(spec) if "title" in e["y"]))
+    titles = (e["y"].get("title") for e in encodings(spec) if "y" in e)
+    joined = (" ".join(title) if isinstance(title, list) else title for title in titles)
+    return list(dict.fromkeys(title for title in joined if title))
 
 
 @pytest.mark.parametrize("name", CHARTS)
@@ -225,7 +236,7 @@ def test_charts_are_pure(name: str) -> None:
 def test_vega_lite_compiles_them(name: str) -> None:
     import vl_convert
 
-    assert vl_convert.vegalite_to_vega(draw(name, A, B, validate=True))["marks"]
+    assert vl_convert.vegalite_to_vega(draw(name, A, B, C, validate=True))["marks"]
 
 
 @pytest.mark.parametrize("name", CHARTS)
@@ -241,14 +252,17 @@ def test_a_run_has_one_colour(name: str) -> None:
     for color in both:
         assert color["scale"]["domain"] == ["model a", "model b"]
         assert color["scale"]["range"] == list(charts.series_colors([A, B]).values())
+        assert color["legend"]["values"] == ["model a", "model b"]
     # … also where the run before it has nothing to show
     alone = draw(name, A, B, table=CHARTS[name][1](B))
     assert {row["model"] for row in rows_of(alone) if row} == {"model b"}
-    assert next(e["color"] for e in encodings(alone) if "color" in e) == both[0]
+    color = next(e["color"] for e in encodings(alone) if "color" in e)
+    assert color["scale"] == both[0]["scale"]
+    assert color["legend"]["values"] == ["model b"]
 
 
 def test_the_first_seven_colours_differ_and_then_dashes_do() -> None:
-    nine = [Series(f"r{i}", f"m{i}", 2) for i in range(9)]
+    nine = [Series(f"r{i}", f"m{i}", 2, "gpt2") for i in range(9)]
     assert len(set(charts.series_colors(nine[:7]).values())) == 7
     spec = drawn("lens", *nine)
     (dash, *_) = [e["strokeDash"]["scale"]["range"] for e in encodings(spec) if "strokeDash" in e]
@@ -267,6 +281,110 @@ def test_boundaries_stand_at_i_over_l_and_layers_in_the_middle_of_their_block() 
     assert [row["depth"] for row in lens if row["model"] == "model a"] == [0, 0.5, 1]
     assert [row["depth"] for row in neurons if row["model"] == "model a"] == [0.25, 0.75]
     assert [row["depth"] for row in neurons if row["model"] == "model b"] == [0.125, 0.375, 0.625, 0.875]
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis", "places"),
+    [
+        ("layer", "depth", [0.125, 0.375, 0.625, 0.875]),
+        ("boundary", "depth", [0, 0.25, 0.5, 0.75, 1]),
+        ("pair", "depth", [0.25, 0.5, 0.75]),
+        ("layer", "paper", [0, 1 / 3, 2 / 3, 1]),
+        ("boundary", "paper", [0, 0.25, 0.5, 0.75, 1]),
+        ("pair", "paper", [0, 1 / 3, 2 / 3]),
+    ],
+)
+def test_where_things_stand_in_four_layers(kind: Kind, axis: Axis, places: list[float]) -> None:
+    assert [relative_depth(kind, i, 4, axis) for i in range(len(places))] == pytest.approx(places)
+
+
+def test_the_only_layer_of_a_model_has_a_place_on_both_axes() -> None:
+    assert relative_depth("layer", 0, 1) == 0.5
+    assert relative_depth("layer", 0, 1, "paper") == 0
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_charts_by_depth_can_stand_as_in_the_paper(name: str) -> None:
+    depths = [row["depth"] for row in rows_of(draw(name, B, axis="paper")) if row]
+    layers, boundaries = [0, 0.333333, 0.666667, 1], [0, 0.25, 0.5, 0.75, 1]
+    assert depths == (boundaries if name in ("lens", "wic") else layers)
+
+
+def headers(spec: Spec) -> list[str]:
+    """What stands above the columns, panel by panel."""
+    return [
+        layer["mark"]["text"]
+        for panel in spec["concat"]
+        for layer in panel["layer"]
+        if layer["mark"]["type"] == "text" and layer["mark"].get("baseline") == "bottom"
+    ]
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_runs_of_one_family_share_their_panels(name: str) -> None:
+    spec = drawn(name, A, B)
+    assert len(spec["concat"]) == LINES[name]
+    assert headers(spec) == []
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_each_family_has_a_column_on_shared_axes(name: str) -> None:
+    spec = drawn(name, A, C, B)
+    cells = spec["concat"]
+    assert spec["columns"] == 2
+    assert len(cells) == 2 * LINES[name]
+    assert headers(spec) == ["gpt2", "llama"]
+    for i, cell in enumerate(cells):
+        is_first, is_last = i % 2 == 0, i >= len(cells) - 2
+        for e in encodings({"concat": [cell]}):
+            if "scale" in e.get("y", {}):
+                assert e["y"]["scale"] == next(y["scale"] for y in axes_of(cells[i - i % 2]))
+                assert (e["y"]["title"] is not None) == e["y"]["axis"]["labels"] == is_first
+                assert (e["x"]["title"] is not None) == e["x"]["axis"]["labels"] == is_last
+        held = {layer["data"]["name"] for layer in (cell, *cell["layer"]) if "data" in layer}
+        models = {row["model"] for name in held for row in spec["datasets"][name] if row}
+        assert models == ({"model a", "model b"} if is_first else {"model c"})
+
+
+def axes_of(cell: Spec) -> list[dict[str, Any]]:
+    """The encodings of a panel's y axis that say what it looks like."""
+    return [e["y"] for e in encodings({"concat": [cell]}) if "scale" in e.get("y", {})]
+
+
+def test_a_family_without_a_value_says_so_in_its_column() -> None:
+    table = pa.concat_tables([attention_table(A), attention_table(C, bos=None)], promote_options="permissive")
+    spec = draw("attention", A, C, table=table)
+    texts = [
+        [layer["mark"]["text"] for layer in panel["layer"] if "no values" in layer["mark"].get("text", "")]
+        for panel in spec["concat"]
+    ]
+    assert texts == [[], [], [], ["no values"]]
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_long_names_are_not_cut(name: str) -> None:
+    long = Series(
+        "a-1", "an-uncommonly-long-name-of-a-model · " + "and-of-the-text-that-it-read" * 4, 2, "gpt2"
+    )
+    spec = draw(name, long, B)
+    titles = [panel["title"] for panel in spec["concat"] if "title" in panel]
+    lines: list[Any] = [
+        title.get("subtitle", title["text"]) if isinstance(title, dict) else title for title in titles
+    ]
+    written = ["".join(line).replace(" ", "") for line in lines]
+    wanted = long.label.replace(" ", "")
+    if name in LINES:
+        assert not titles
+        assert long.label in next(e["color"]["legend"]["values"] for e in encodings(spec) if "color" in e)
+        assert spec["config"]["legend"]["labelLimit"] == 0
+    else:
+        assert any(wanted in text for text in written)
+        assert all(len(part) < 80 for line in lines if isinstance(line, list) for part in line)
+
+
+def test_texts_are_wrapped_only_where_they_have_to_be() -> None:
+    assert wrapped("a short title", 200) == "a short title"
+    assert wrapped("attention on the previous 16 tokens", 150) == ["attention on the", "previous 16 tokens"]
 
 
 def test_lens_shows_units_and_bands() -> None:
@@ -338,12 +456,25 @@ def test_attention_is_that_on_the_previous_five_tokens_beside_uniform_attention(
     assert [(row["cumulative_weight"], row["uniform_weight"], row["bos_weight"]) for row in rows] == [
         (0.1, 0.05, 0.25)
     ] * 2
-    dashed = [e["y"]["field"] for e in encodings(drawn("attention", A))]
-    assert dashed == ["uniform_weight", "cumulative_weight", "bos_weight"]
+    spec = drawn("attention", A)
+    drawn_of = [e["y"]["field"] for e in encodings(spec)]
+    assert drawn_of == ["cumulative_weight_lo", "uniform_weight", "cumulative_weight", "bos_weight"]
+    nine = [Series(f"r{i}", f"m{i}", 2, "gpt2") for i in range(9)]  # some of which have dashes of their own
+    for chart in (spec, drawn("attention", *nine)):
+        dashes = [e["strokeDash"] for e in encodings(chart) if e["y"]["field"] == "uniform_weight"]
+        assert dashes == [{"value": [3, 3]}]
 
 
 def test_distances_are_those_of_the_paper() -> None:
-    assert {row["distance"] for row in rows_of(drawn("distances", A, B))} == {1, 2, 4, 8, 16}
+    spec = drawn("distances", A)
+    tokens = [f"attention on the previous {k}" for k in ("token", *(f"{n} tokens" for n in (2, 4, 8, 16)))]
+    assert y_titles(spec) == tokens
+    (row, _) = rows_of(spec)
+    assert [row[f"previous_{k}"] for k in (1, 2, 16)] == [0.02, 0.04, 0.32]
+    assert [row[f"uniform_{k}"] for k in (1, 2, 16)] == [0.01, 0.02, 0.16]
+    bands = [(e["y"]["field"], e["y2"]["field"]) for e in encodings(spec) if "y2" in e]
+    assert bands == [(f"previous_{k}_lo", f"previous_{k}_hi") for k in (1, 2, 4, 8, 16)]
+    assert row["previous_1_hi"] == pytest.approx(0.03)
 
 
 def test_a_layers_best_subjoiner_is_drawn_with_the_share_of_those_found() -> None:
@@ -378,9 +509,37 @@ def test_norms_have_logarithmic_axes_that_hold_them_and_show_the_ratio() -> None
     assert ratio == 2
     scales = [e["y"]["scale"] for e in encodings(spec) if "scale" in e["y"]]
     assert all(scale["type"] == "log" for scale in scales)
-    low, high = scales[0]["domain"]  # of attn_out, 4, whose band reaches from 2 to 8
+    low, high = scales[0]["domain"]  # of attn_out, 4, whose tokens reach from 2 to 8
     assert low < 2
     assert high > 8
+    low, high = scales[-1]["domain"]  # of the ratio, 2, with the line of equality
+    assert low < 1
+    assert high > 2
+
+
+def test_norms_have_the_interval_of_the_mean_over_the_paler_range_of_the_tokens() -> None:
+    spec = drawn("norms", A)
+    bands = [
+        (e["y"]["field"], e["y2"]["field"], e["opacity"]["condition"][0]["value"])
+        for e in encodings(spec)
+        if "y2" in e
+    ]
+    assert [band[:2] for band in bands[:2]] == [
+        ("attn_out_low", "attn_out_high"),
+        ("attn_out_lo", "attn_out_hi"),
+    ]
+    assert bands[0][2] < bands[1][2]
+    (row, _) = [row for row in rows_of(spec) if row]
+    ends = [row[f"attn_out_{end}"] for end in ("low", "lo", "hi", "high")]
+    assert ends == pytest.approx([2, 3.6, 4.4, 8])
+    titles = {
+        item["field"]: item["title"]
+        for e in encodings(spec)
+        for item in e.get("tooltip", [])
+        if "title" in item
+    }
+    assert titles["attn_out_low"] == "10–90 % of the tokens, from"
+    assert titles["attn_out_lo"] == "95 % interval, from"
 
 
 def test_a_norm_of_0_is_a_gap_on_a_logarithmic_axis() -> None:
@@ -389,13 +548,14 @@ def test_a_norm_of_0_is_a_gap_on_a_logarithmic_axis() -> None:
 
 
 def test_the_data_of_a_chart_is_held_once() -> None:
-    shared = [rows for rows in drawn("lens", A, B)["datasets"].values() if rows != [{}]]
-    assert len(shared) == 1
+    for series, n_families in (([A, B], 1), ([A, B, C], 2)):
+        shared = [rows for rows in drawn("lens", *series)["datasets"].values() if rows != [{}]]
+        assert len(shared) == n_families
 
 
 def test_probes_have_bands_and_chance_and_an_axis_that_does_not_begin_at_0() -> None:
     spec = drawn("wic", A)
-    assert y_titles(spec)[0] == "accuracy, from |u − v| and u ⊙ v"
+    assert y_titles(spec)[0] == "accuracy, from |u−v| and u⊙v"
     assert len(y_titles(spec)) == 4
     assert [e["y"]["datum"] for e in encodings(spec) if "datum" in e["y"]] == [0.5] * 4
     assert next(e["y2"]["field"] for e in encodings(spec) if "y2" in e) == "interaction_hi"
@@ -418,8 +578,22 @@ def test_the_probes_of_a_run_have_one_panel_and_its_neurons_stand_in_the_order_o
         ("the model: its first choice is -ing", None), ("the model: P(-ing) above a tuned threshold", None),
         ("all heavy-tailed neurons of these layers", 7),
     }  # fmt: skip
-    without = rows_of(draw("ing", A, table=ing_table(A, heavy=False)))
-    assert not any("heavy" in row.get("what", "") for row in without)
+    without = draw("ing", A, table=ing_table(A, heavy=False))
+    assert not any("heavy" in row.get("what", "") for row in rows_of(without))
+    legends = [e["color"]["legend"]["values"] for e in encodings(without) if "color" in e]
+    assert legends
+    assert not any("heavy" in name for legend in legends for name in legend)
+
+
+def test_single_neurons_have_error_bars() -> None:
+    spec = drawn("ing", A)
+    (panel,) = spec["concat"]
+    (bars,) = [
+        layer for layer in panel["layer"] if layer["mark"]["type"] == "rule" and "y2" in layer["encoding"]
+    ]
+    assert (bars["encoding"]["y"]["field"], bars["encoding"]["y2"]["field"]) == ("lo", "hi")
+    points = spec["datasets"][bars["data"]["name"]]
+    assert [(row["lo"], row["hi"]) for row in points if "neuron" in row] == [(0.6, 0.8)] * 3
 
 
 def test_histograms_are_of_the_first_twelve_neurons_or_four_of_many_runs() -> None:
@@ -428,7 +602,7 @@ def test_histograms_are_of_the_first_twelve_neurons_or_four_of_many_runs() -> No
     assert len(alone["concat"]) == 12
     both = drawn("ing, histograms", A, B)
     assert [panel["title"]["subtitle"] for panel in both["concat"]] == ["model a"] * 12 + ["model b"] * 12
-    assert len(drawn("ing, histograms", A, B, Series("c-3", "model c", 2))["concat"]) == 12
+    assert len(drawn("ing, histograms", A, B, C)["concat"]) == 12
     bars = rows_of(alone)
     assert all(row["count"] > 0 for row in bars)  # a logarithmic axis has no place for 0
     assert [row["tokens"] for row in alone["datasets"][alone["concat"][0]["data"]["name"]]] == [

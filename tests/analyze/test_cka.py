@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -65,11 +65,19 @@ def test_more_tokens_than_a_block_of_the_gram_matrix() -> None:
     np.testing.assert_allclose(matrix[0], [hsic(x, x), hsic(x, y)], rtol=1e-10, atol=1e-12)
 
 
+def seen_by_norm(x: Array, run: Run, *, normed: bool) -> Array:
+    if run.shape.norm == "layernorm":
+        x = x - x.mean(axis=-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + run.shape.norm_eps) if normed else x
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("options", "expected_batches"),
     [
         (CkaOptions(batch=6), 4),
+        (CkaOptions(batch=6, normed=True), 4),
         (CkaOptions(batch=9), 3),
         (CkaOptions(samples="tokens_per_doc"), 11),
         (CkaOptions(samples="tokens_per_doc", include_bos=True), 16),
@@ -77,15 +85,17 @@ def test_more_tokens_than_a_block_of_the_gram_matrix() -> None:
 )
 def test_cka_equals_one_shot_numpy(
     make_run: Callable[..., Run],
+    shape: ModelShape,
     stored: Stored,
     *,
+    norm: Literal["layernorm", "rmsnorm"],
     dtype: str,
     options: CkaOptions,
     expected_batches: int,
 ) -> None:
     lengths = (5, 4, 9, 3) * 5 + (6, 2)
-    run = make_run(dtype=dtype, lengths=lengths, partition_tokens=32)
-    resid = stored(run, "resid")
+    run = make_run(shape=replace(shape, norm=norm), dtype=dtype, lengths=lengths, partition_tokens=32)
+    resid = seen_by_norm(stored(run, "resid"), run, normed=options.normed)
     ends = np.cumsum(lengths)
     starts = ends - lengths
     if options.samples == "last_token":
@@ -123,15 +133,57 @@ def test_cka_equals_one_shot_numpy(
     diagonal = table[table["boundary_a"] == table["boundary_b"]]
     assert (diagonal[["cka", "cka_lo", "cka_hi"]] == 1).all(axis=None)
     assert (table["variant"] == ("authors" if options.include_bos else "default")).all()
+    assert (table["centred"] == (norm == "layernorm")).all()
+    assert (table["normed"] == options.normed).all()
 
 
-def test_a_boundary_without_variance_is_null_and_says_why(
+def cka_of(run: Run, **options: Any) -> Array:
+    table = compute_tables(CkaStatistic.open, run, CkaOptions(**options))["cka"]
+    return np.asarray(table["cka"].to_numpy())
+
+
+@pytest.mark.parametrize(("norm", "same"), [("layernorm", True), ("rmsnorm", False)])
+def test_what_layernorm_never_sees_does_not_count(
+    make_run: Callable[..., Run], shape: ModelShape, norm: Literal["layernorm", "rmsnorm"], *, same: bool
+) -> None:
+    """The same number added to all dimensions of a token."""
+    rng = np.random.default_rng(0)
+    resid = rng.standard_normal((3, 64, shape.d_model)).astype(np.float32)
+    moved = resid + 30 * rng.standard_normal((1, 64, 1)).astype(np.float32)
+    given: dict[str, Any] = {"shape": replace(shape, norm=norm), "lengths": (4,) * 16}
+    before, after = (
+        cka_of(make_run(name=name, values={"resid": x}, **given))
+        for name, x in (("before", resid), ("after", moved))
+    )
+    assert (np.abs(after - before).max() < 1e-5) == same
+    assert (after.min() > 0.9) != same
+
+
+def test_normed_tokens_of_enormous_length_do_not_decide(
     make_run: Callable[..., Run], shape: ModelShape
 ) -> None:
-    """x_0 is the same vector for all: the mean of equal numbers, rounded, must not pass for variance."""
-    resid = np.random.default_rng(0).standard_normal((3, 64, shape.d_model)).astype(np.float32)
-    resid[0] = np.float32(0.1)
-    run = make_run(shape=shape, lengths=(4,) * 16, values={"resid": resid})
+    """Two unrelated boundaries that share four massive tokens."""
+    resid = np.random.default_rng(0).standard_normal((3, 256, shape.d_model)).astype(np.float32)
+    resid[:, 3:19:4, 0] = 1e4  # the last tokens of four documents
+    run = make_run(shape=shape, lengths=(4,) * 64, values={"resid": resid})
+    assert cka_of(run)[1] > 0.99  # boundaries 0 and 1
+    assert abs(cka_of(run, normed=True)[1]) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("norm", "size"), [("rmsnorm", (1, 8)), ("layernorm", (1, 8)), ("layernorm", (64, 1))]
+)
+def test_a_boundary_without_variance_is_null_and_says_why(
+    make_run: Callable[..., Run],
+    shape: ModelShape,
+    norm: Literal["layernorm", "rmsnorm"],
+    size: tuple[int, int],
+) -> None:
+    """x_0 is the same for all tokens, or dimensions: the mean of equal numbers, rounded, must not pass for variance."""
+    rng = np.random.default_rng(0)
+    resid = rng.standard_normal((3, 64, shape.d_model)).astype(np.float32)
+    resid[0] = rng.standard_normal(size)
+    run = make_run(shape=replace(shape, norm=norm), lengths=(4,) * 16, values={"resid": resid})
     rows = compute_tables(CkaStatistic.open, run, CkaOptions(batch=4))["cka"].to_pylist()
     for row in rows:
         constant = 0 in (row["boundary_a"], row["boundary_b"])

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,13 +26,13 @@ from layerlake.analyze.ing_probes import IngActivationStatistic, IngProbeStatist
 from layerlake.analyze.lens import LensOptions, LensStatistic
 from layerlake.analyze.neurons import NeuronOptions, NeuronStatistic
 from layerlake.analyze.norms import NormsOptions, NormsStatistic
-from layerlake.analyze.readout import Readout
 from layerlake.analyze.reduce import reduce_statistic
 from layerlake.analyze.statistic import State, Statistic
 from layerlake.analyze.subjoiner import Prompts, SubjoinerOptions, SubjoinerStatistic
 from layerlake.analyze.wic import WicOptions, WicStatistic
 from layerlake.analyze.wic_items import WicItems, hold_out_words
 from layerlake.catalog.manifest import Partition
+from layerlake.catalog.readout import Readout
 from layerlake.catalog.run import Run
 from layerlake.catalog.tables import to_parquet
 
@@ -174,6 +174,32 @@ def test_merging_is_associative_commutative_and_has_a_neutral_element(
             assert_equal(state, in_order)
         stored = pq.read_table(io.BytesIO(to_parquet(in_order.to_table())))
         assert_equal(State.of_table(stored, statistic.zero()), in_order)
+
+
+@few
+@runs
+def test_what_is_known_already_changes_no_digit_and_is_not_measured_again(
+    make_run: Callable[..., Run], tmp_path: Path, **drawn: Any
+) -> None:
+    run = make_run(url=tmp_path / uuid.uuid4().hex, context=24, **drawn)
+    rng = np.random.default_rng(drawn["seed"])
+    for name, open_statistic in STATISTICS.items():
+        note(name)
+        statistic = open_statistic(run)
+        whole = reduce_statistic(statistic, run, scheduler="synchronous")
+        foreign = State(whole.keys + 1_000_000, whole.values + 1)  # of what this extent does not ask for
+        for share in (0.0, 0.5, 0.9, 1.0):
+            kept = rng.random(len(whole.keys)) < share
+            known = State(whole.keys[kept], whole.values[kept]).union(foreign)
+            assert_equal(reduce_statistic(statistic, run, scheduler="synchronous", known=known), whole)
+        for unit in statistic.units():
+            keys = statistic.keys(unit)
+            if keys is not None:
+                measured = statistic.measure(statistic.read(run, unit))
+                np.testing.assert_array_equal(np.unique(keys, axis=0), measured.keys)
+        if all(statistic.keys(unit) is not None for unit in statistic.units()):
+            nowhere = cast(Run, None)  # so that whatever is read fails
+            assert_equal(reduce_statistic(statistic, nowhere, known=whole), whole)
 
 
 @few

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,17 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from layerlake.analyze import ing_examples
 from layerlake.analyze.analyses import run_all, run_analysis
 from layerlake.analyze.ing import IngOptions, compute_ing
 from layerlake.analyze.ing_examples import MIN_EXAMPLES, N_FOLDS, IngTokens, find_examples
-from layerlake.analyze.ing_probes import ProbeNeurons, best_threshold
+from layerlake.analyze.ing_probes import best_threshold
+from layerlake.analyze.neurons import NeuronOptions, NeuronStatistic
 from layerlake.catalog.errors import AnalysisError, SiteNotFound
 from layerlake.catalog.lake import Lake
 from layerlake.catalog.run import Run
@@ -144,6 +140,44 @@ def test_planted_neurons_foretell_it_and_random_ones_do_not(found: dict[str, pa.
     assert all(row["accuracy_lo"] < row["accuracy"] < row["accuracy_hi"] for row in chance)
 
 
+def test_a_fit_that_does_not_converge_is_noted(
+    planted: Run, found: dict[str, pa.Table], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {row["note"] for row in found["ing"].to_pylist()} == {None}
+    monkeypatch.setattr("layerlake.analyze.ing_probes._MAX_ITERATIONS", 2)
+    with pytest.warns(match="failed to converge"):
+        hasty = compute_ing(planted, OPTIONS, scheduler="synchronous")
+    notes = {row["probe"]: row["note"] for row in hasty["ing"].to_pylist()}
+    assert notes["ensemble"] == "a fit did not converge in 2 iterations"
+    assert notes["model"] is None  # nothing is fitted
+
+
+def test_moments_that_the_lake_holds_are_not_computed_again(
+    planted_with: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = planted_with()
+    lake = Lake(run.store.url)
+    expected = compute_ing(run, OPTIONS, scheduler="synchronous")
+    run_analysis(lake, "neurons", options={"columns": "all"})
+    opened: list[str] = []
+    monkeypatch.setattr("layerlake.analyze.ing.NeuronStatistic", SimpleNamespace(open=measured(opened)))
+    assert compute_ing(run, OPTIONS, scheduler="synchronous") == expected
+    assert opened == ["real"]
+    run_analysis(lake, "neurons", options={"threshold": 9.0})
+    assert compute_ing(run, OPTIONS, scheduler="synchronous") == expected
+    assert opened == ["real"]
+
+
+def measured(opened: list[str]) -> Callable[[Run, NeuronOptions], NeuronStatistic]:
+    """Open the statistic, and write down that somebody did."""
+
+    def open_statistic(run: Run, options: NeuronOptions) -> NeuronStatistic:
+        opened.append(options.columns)
+        return NeuronStatistic.open(run, options)
+
+    return open_statistic
+
+
 def test_everything_is_at_chance_when_activations_know_nothing(planted_with: Callable[..., Run]) -> None:
     rng = np.random.default_rng(5)
     noise = rng.standard_normal((2, N_DOCUMENTS * LENGTH, 40)).astype(np.float32)
@@ -191,6 +225,7 @@ def test_selection_equals_one_shot_numpy(
     np.testing.assert_allclose(table["difference"], [D[place] for place in order], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(table["variance"], [cosines.var(axis=2)[place] for place in order], rtol=1e-4)
     assert (table["variant"] == ("authors" if columns == "all" else "default")).all()
+    assert all((each["centred"].to_numpy() == (norm == "layernorm")).all() for each in tables.values())
     histograms = tables["ing_histograms"].to_pandas()
     assert len(histograms) == 3 * 2 * 100
     for rank, place in enumerate(order[:3], 1):
@@ -270,6 +305,9 @@ def test_the_table_is_tidy_and_the_same_again(planted: Run, found: dict[str, pa.
             "context",
             "examples",
             "seed",
+            "folded",
+            "vocab_centred",
+            "centred",
             "variant",
         } <= {*table.column_names}
     numbers = Counter((row["probe"], row["features"]) for row in found["ing"].to_pylist())
@@ -283,148 +321,10 @@ def test_the_table_is_tidy_and_the_same_again(planted: Run, found: dict[str, pa.
     assert other["ing"]["accuracy"] != found["ing"]["accuracy"]
 
 
-# -- examples -----------------------------------------------------------------------------------
-
-
-def fake_run(ids: list[list[int]], *, bos: int | None = 0) -> Run:
-    """As much of a run as examples are found in."""
-    table = {
-        "token_id": np.concatenate(ids).astype(np.int32),
-        "position": np.concatenate([np.arange(len(part)) for part in ids]).astype(np.int32),
-        "document": np.repeat(np.arange(len(ids)), [len(part) for part in ids]),
-        "row": np.arange(sum(map(len, ids))) + 1000,
-    }
-    manifest = SimpleNamespace(bos_token_id=bos)
-    return cast(Run, SimpleNamespace(run_id="fake", tokens=pa.table(table), manifest=manifest))
-
-
-def tokens_of(n: int) -> IngTokens:
-    texts = vocabulary(n)
-    special = np.arange(n) == 0
-    return IngTokens(
-        np.array([text.endswith("ing") for text in texts]),
-        np.ones(n, dtype=bool),
-        special,
-        np.array([text.startswith(" ") for text in texts]),
-    )
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 40), min_size=6, max_size=30),
-    context=st.integers(1, 6),
-    bos=st.sampled_from([0, None]),
-    most=st.sampled_from([7, 1000]),
-    seed=st.integers(0, 3),
-)
-def test_examples_are_balanced_matched_and_disjoint(
-    lengths: list[int], context: int, bos: int | None, most: int, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    ids = [rng.integers(0, 40, n).tolist() for n in lengths]  # BOS in the middle, too, as in packed windows
-    run, tokens = fake_run(ids, bos=bos), tokens_of(40)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ing_examples, "MIN_EXAMPLES", 1)
-        try:
-            examples = find_examples(run, tokens, context=context, most=most, seed=seed)
-        except AnalysisError:
-            assume(False)  # too little text
-            raise
-        again = find_examples(run, tokens, context=context, most=most, seed=seed)
-    assert all(
-        (getattr(again, name) == getattr(examples, name)).all() for name in ("rows", "folds", "labels")
-    )
-    flat = np.concatenate(ids)
-    counts = np.bincount(flat)
-    places = examples.rows - 1000 + 1
-    assert (np.diff(places) > 0).all()
-    assert (flat[places] == examples.targets).all()
-    assert (tokens.is_ing[flat[places]] == examples.labels).all()
-    assert not tokens.is_special[flat[places]].any()
-    assert len(examples) <= 2 * most
-    starts = np.cumsum([0, *lengths])
-    for place, document in zip(places, examples.documents, strict=True):
-        before = flat[starts[document] : place]
-        assert place < starts[document + 1]
-        if bos is not None and (before == bos).any():
-            before = before[np.flatnonzero(before == bos)[-1] + 1 :]
-        assert len(before) >= context
-    assert len({*zip(examples.documents, examples.folds, strict=True)}) == len({*examples.documents})
-
-    def kinds(label: bool) -> Counter[tuple[int, bool, int]]:
-        chosen = np.flatnonzero(examples.labels == label)
-        targets = examples.targets[chosen]
-        bands = [len(bin(counts[target])) for target in targets]
-        return Counter(
-            zip(examples.folds[chosen].tolist(), tokens.has_blank[targets].tolist(), bands, strict=True)
-        )
-
-    assert kinds(True) == kinds(False)
-
-
 def test_folds_have_a_fifth_of_the_examples_each(planted: Run) -> None:
     examples = find_examples(planted, IngTokens.open(planted), context=24, most=10_000, seed=0)
     sizes = np.bincount(examples.folds, minlength=N_FOLDS)
     assert sizes.min() > 0.7 * sizes.mean()
-
-
-def test_which_tokens_end_in_ing(make_run: Callable[..., Run]) -> None:
-    vocab = ["ing", "ing", " RING", "Being ", "ingot", " ing.", "\n\tsing\n", "�ing", "", " "]
-    run = make_run(vocab=vocab, token_ids=np.ones(36, dtype=np.int64))
-    tokens = IngTokens.open(run)
-    assert np.flatnonzero(tokens.is_ing).tolist() == [1, 2, 3, 6, 7]  # 0 is special
-    assert np.flatnonzero(tokens.has_blank).tolist() == [2, 5, 9]
-    assert tokens.is_known.sum() == len(vocab) < run.shape.n_vocab
-
-
-def test_gpt2_has_as_many_as_its_published_vocabulary() -> None:
-    data = Path(
-        os.environ.get("LAYERLAKE_SHARED_DATA") or Path(__file__).parents[2].parent / "shared" / "data"
-    )
-    folder = data / "tokenizers" / "gpt2"
-    if not folder.is_dir():
-        pytest.skip(
-            "the tokenizer is not here: put it into ../shared/data, or say where with LAYERLAKE_SHARED_DATA"
-        )
-    pieces = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    texts = [piece.replace("Ġ", " ") for piece in sorted(pieces, key=pieces.__getitem__)]
-    special = [text == "<|endoftext|>" for text in texts]
-    vocab = pa.table({"token_id": range(50257), "text": texts, "is_special": special})
-    fake = SimpleNamespace(run_id="gpt2", vocab=vocab, shape=SimpleNamespace(n_vocab=50257))
-    tokens = IngTokens.open(cast(Run, fake))
-    assert tokens.is_ing.sum() == 2141
-    assert (tokens.is_ing & tokens.has_blank).sum() == 1668
-
-
-# -- pieces -------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=12).map(
-        lambda pairs: (np.array([float(a) for a, _ in pairs]), np.array([b for _, b in pairs]))
-    )
-)
-def test_no_threshold_is_better_than_the_best(drawn: tuple[Array, Array]) -> None:
-    scores, labels = drawn
-    threshold = best_threshold(scores, labels)
-    candidates = [-np.inf, *(scores.min() + np.arange(-1, 14) / 2)]
-    best = max(((scores > cut) == labels).sum() for cut in candidates)
-    assert ((scores > threshold) == labels).sum() == best
-
-
-def test_random_neurons_are_of_the_same_layers_and_none_is_selected() -> None:
-    selected = np.array([[3, 1], [0, 2], [3, 7], [3, 0]])
-    heavy = np.array([[3, 7], [1, 4], [0, 5]])
-    neurons = ProbeNeurons.of(selected, heavy, 10, seed=0)
-
-    def names(places: Array) -> list[tuple[int, int]]:
-        return [(int(neurons.layers[i]), int(neurons.units[i])) for i in places]
-
-    assert names(neurons.selected) == [(3, 1), (0, 2), (3, 7), (3, 0)]
-    assert names(neurons.heavy) == [(3, 7), (0, 5)]  # those of layer 1 are of no probed layer
-    assert [layer for layer, _ in names(neurons.random)] == [3, 0, 3, 3]
-    assert set(names(neurons.random)).isdisjoint(names(neurons.selected))
-    assert len(set(names(neurons.random))) == 4
 
 
 # -- what a run has to hold ---------------------------------------------------------------------
@@ -451,12 +351,6 @@ def test_too_few_examples_are_counted(planted: Run, make_run: Callable[..., Run]
     assert "layerlake capture" in error.value.hint
     skipped = {skip.analysis: skip.reason for skip in run_all(Lake(run.store.url))[1]}
     assert f"few examples: {n} tokens" in skipped["ing"]
-
-
-def test_one_long_document_cannot_be_split() -> None:
-    ids = np.random.default_rng(0).integers(1, 40, 20_000).tolist()
-    with pytest.raises(AnalysisError, match="in 1 documents"):
-        find_examples(fake_run([ids]), tokens_of(40), context=24, most=1000, seed=0)
 
 
 def test_a_missing_site_is_said_with_the_command(planted_with: Callable[..., Run]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest  # type: ignore[import-untyped]
@@ -26,6 +28,18 @@ def test_bootstrap_sums_are_sums_over_drawn_documents(monkeypatch: pytest.Monkey
     np.testing.assert_allclose(bootstrap_sums(values), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize(("n_documents", "mib"), [(5_000, 24), (1 << 21, 48)])
+def test_bootstrap_sums_hold_little_beyond_their_result(n_documents: int, mib: int) -> None:
+    values = np.ones((n_documents, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "N_RESAMPLES", (4 << 20) // n_documents + 2)
+        tracemalloc.start()
+        sums = bootstrap_sums(values)
+        peak = tracemalloc.get_traced_memory()[1] - sums.nbytes
+        tracemalloc.stop()
+    assert 0.8 < peak / (mib << 20) < 1.05
+
+
 def test_bootstrap_covers_the_mean() -> None:
     covered = []
     for seed in range(60):
@@ -39,6 +53,18 @@ def test_one_document_has_no_interval() -> None:
     lo, hi = percentile_interval(np.zeros((1000, 2)), n_documents=1)
     assert np.isnan(lo).all()
     assert np.isnan(hi).all()
+
+
+def test_an_interval_needs_two_documents_and_leaves_out_draws_without_any() -> None:
+    replicates = np.random.default_rng(0).standard_normal((1000, 3))
+    replicates[:300, 1] = np.nan
+    replicates[:, 2] = np.nan
+    lo, hi = percentile_interval(replicates, n_documents=2)
+    assert [lo[1], hi[1]] == np.percentile(replicates[300:, 1], [2.5, 97.5]).tolist()
+    assert np.isnan([lo[2], hi[2]]).all()
+    lo, hi = percentile_interval(replicates, n_documents=np.array([1, 2, 2]))
+    assert np.isnan([lo[0], hi[0]]).all()
+    assert np.isfinite([lo[1], hi[1]]).all()
 
 
 def test_jackknife_of_a_mean_is_students_t() -> None:

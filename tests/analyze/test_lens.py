@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,7 +14,8 @@ import pyarrow as pa
 import pytest
 
 from layerlake.analyze.lens import LensOptions, LensStatistic
-from layerlake.analyze.reduce import compute_tables
+from layerlake.analyze.readout import MEASURES
+from layerlake.analyze.reduce import compute_tables, reduce_statistic
 from layerlake.catalog.run import Run
 from layerlake.catalog.shapes import ModelShape
 
@@ -141,6 +143,7 @@ def test_one_document_has_means_without_intervals(make_run: Callable[..., Run]) 
     for row in compute_tables(LensStatistic.open, make_run(lengths=(9,)), LensOptions())["lens"].to_pylist():
         assert row["loss_nats"] is not None
         assert row["loss_nats_lo"] is row["loss_nats_hi"] is None
+        assert row["reason"] == "no intervals: the tokens are all of one document"
 
 
 def test_padded_columns_are_in_the_softmax(make_run: Callable[..., Run], shape: ModelShape) -> None:
@@ -156,3 +159,25 @@ def test_padded_columns_are_in_the_softmax(make_run: Callable[..., Run], shape: 
         compute_tables(LensStatistic.open, masked, LensOptions())["lens"]["entropy_bits"].to_pylist()
         != entropy
     )
+
+
+@pytest.mark.parametrize(("n_documents", "n_vocab"), [(16, 4096), (64, 4096), (16, 16384), (64, 16384)])
+def test_memory_is_that_of_one_unit_and_of_the_state(
+    make_run: Callable[..., Run], shape: ModelShape, n_documents: int, n_vocab: int
+) -> None:
+    """Neither logits of all tokens nor of all columns are ever held: the largest case has 134 MB of them a boundary."""
+    run = make_run(
+        shape=replace(shape, n_vocab=n_vocab), lengths=(34,) * n_documents, context=34, partition_tokens=512,
+        sites=("resid",),
+    )  # fmt: skip
+    statistic = LensStatistic.open(run, LensOptions(tokens="all"))
+    n_tokens, n_boundaries = len(statistic.tokens), run.shape.n_layers + 1
+    assert n_tokens == 32 * n_documents
+    n_state = n_tokens * n_boundaries * len(MEASURES) * 8  # bytes
+    reduce_statistic(statistic, run, scheduler="synchronous")  # imports what it needs
+    tracemalloc.start()
+    reduce_statistic(statistic, run, scheduler="synchronous")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    blocks = 4 * 256 * 1024 * 4
+    assert blocks < peak < blocks + 2**20 + 3 * n_state

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from layerlake.analyze.charts import Series, neurons_chart
 from layerlake.analyze.neurons import NeuronOptions, NeuronStatistic, moments_of_sums, power_sums
 from layerlake.analyze.reduce import compute_tables
 from layerlake.catalog.run import Run
@@ -68,6 +69,9 @@ def test_neurons_equal_one_shot_numpy(
     np.testing.assert_allclose(table[names], expected.reshape(-1, 4), atol=2e-6, rtol=1e-5)
     assert (table["n_columns"] == (2050 if columns == "real" else 2100)).all()
     assert (table["variant"] == ("default" if columns == "real" else "authors")).all()
+    assert table[["folded", "vocab_centred"]].all(axis=None)
+    assert (table["centred"] == (norm == "layernorm")).all()
+    assert table["reason"].isna().all()
 
 
 def planted(
@@ -95,7 +99,8 @@ def test_planted_neurons_are_counted_exactly(make_run: Callable[..., Run], shape
         if row["class"] != "other"
     }
     assert found == classes
-    counts = {(row["layer"], row["class"]): row for row in tables["neuron_counts"].to_pylist()}
+    rows = [row for row in tables["neuron_counts"].to_pylist() if row["min_kurtosis"] == row["threshold"]]
+    counts = {(row["layer"], row["class"]): row for row in rows}
     assert {key: row["n_units"] for key, row in counts.items()} == {
         (0, "prediction"): 1, (0, "suppression"): 0, (0, "other"): 319,
         (1, "prediction"): 1, (1, "suppression"): 2, (1, "other"): 317,
@@ -125,6 +130,37 @@ def test_the_threshold_decides(make_run: Callable[..., Run]) -> None:
     assert (table[table["class"] == "suppression"]["skew"] < 0).all()
 
 
+@pytest.mark.parametrize(("threshold", "expected"), [(10.0, [8, 10, 12]), (2.5, [2.5, 8, 10, 12])])
+def test_counts_say_how_much_hangs_on_the_threshold(
+    make_run: Callable[..., Run], shape: ModelShape, threshold: float, expected: list[float]
+) -> None:
+    """Some neurons have kurtoses between the thresholds: a few tokens stand out less and less."""
+    wide = replace(shape, d_model=64, d_mlp=400, n_vocab=1500)
+    weights, _ = planted(wide, np.random.default_rng(0))
+    blend = np.linspace(0, 1, 200)[:, None]
+    towards, noise = weights["W_out"][1, 7], weights["W_out"][0, 100:300]
+    weights["W_out"][0, 100:300] = (1 - blend) * noise + blend * towards
+    run = make_run(shape=wide, weights=weights)
+    tables = compute_tables(NeuronStatistic.open, run, NeuronOptions(threshold=threshold))
+    neurons, counts = (tables[view].to_pandas() for view in ("neurons", "neuron_counts"))
+    assert counts["min_kurtosis"].unique().tolist() == expected
+    assert (counts["threshold"] == threshold).all()
+    assert not counts.duplicated(["layer", "class", "min_kurtosis"]).any()
+    totals = []
+    for row in counts.to_dict("records"):
+        heavy = (neurons["layer"] == row["layer"]) & (neurons["kurtosis"] > row["min_kurtosis"])
+        of_class = {"prediction": heavy & (neurons["skew"] > 0), "suppression": heavy & (neurons["skew"] < 0)}
+        of_class["other"] = (neurons["layer"] == row["layer"]) & ~(
+            of_class["prediction"] | of_class["suppression"]
+        )
+        assert row["n_units"] == of_class[row["class"]].sum()
+        totals += [row["n_units"]] * ((row["layer"], row["class"]) == (0, "prediction"))
+    assert len(set(totals)) == len(expected)  # each threshold counts others
+    series = [Series(run.run_id, "a model", wide.n_layers, "gpt2")]
+    drawn = str(neurons_chart(tables["neuron_counts"], series).to_dict())
+    assert [f"'prediction_n': {n}," in drawn for n in totals] == [least == threshold for least in expected]
+
+
 def test_a_neuron_that_writes_nothing_is_null(make_run: Callable[..., Run], shape: ModelShape) -> None:
     W_out = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float32)
     W_out[1, 5] = 0.0
@@ -133,3 +169,4 @@ def test_a_neuron_that_writes_nothing_is_null(make_run: Callable[..., Run], shap
     )["neurons"].to_pylist()[21]
     assert (row["layer"], row["unit"], row["class"]) == (1, 5, "other")
     assert row["mean"] is row["kurtosis"] is None
+    assert row["reason"] == "no moments: the neuron writes nothing"

@@ -65,9 +65,7 @@ def test_norms_equal_one_shot_numpy(
         relative = replicates[:, layer, component] / replicates[:, layer, 2]
         assert [row["relative_norm_lo"], row["relative_norm_hi"]] == interval(relative)
         assert (row["n_tokens"], row["n_documents"], row["centred"]) == (len(mask), 5, norm == "layernorm")
-        if component:
-            assert row["attn_mlp_ratio"] is row["attn_mlp_ratio_lo"] is row["median_attn_mlp_ratio"] is None
-            continue
+        assert row["reason"] is None
         attn, mlp = norms[layer, 0], norms[layer, 1]
         assert row["attn_mlp_ratio"] == pytest.approx(attn.mean() / mlp.mean(), rel=1e-6)
         assert row["median_attn_mlp_ratio"] == pytest.approx(np.median(attn / mlp), rel=1e-6)
@@ -96,4 +94,18 @@ def test_components_that_write_nothing_have_no_ratio(make_run: Callable[..., Run
     attn, mlp, residual = compute_tables(NormsStatistic.open, run, NormsOptions())["norms"].to_pylist()[:3]
     assert attn["mean_norm"] > 0
     assert mlp["mean_norm"] == residual["mean_norm"] == 0
-    assert attn["attn_mlp_ratio"] is attn["median_attn_mlp_ratio"] is attn["relative_norm"] is None
+    for row in (attn, mlp, residual):
+        assert row["attn_mlp_ratio"] is row["median_attn_mlp_ratio"] is row["relative_norm"] is None
+        assert row["reason"] == (
+            "no relative norm: resid_pre is 0 at every token; "
+            "no ratio of attn_out to mlp_out: the latter is 0 at every token"
+        )
+
+
+def test_one_document_has_no_intervals_and_says_why(make_run: Callable[..., Run]) -> None:
+    for row in compute_tables(NormsStatistic.open, make_run(lengths=(9,)), NormsOptions())[
+        "norms"
+    ].to_pylist():
+        assert row["attn_mlp_ratio"] is not None
+        assert row["mean_norm_lo"] is row["relative_norm_hi"] is row["attn_mlp_ratio_lo"] is None
+        assert row["reason"] == "no intervals: the tokens are all of one document"

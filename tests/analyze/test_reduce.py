@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
 
+from layerlake.analyze import reduce
 from layerlake.analyze.neurons import NeuronOptions, NeuronStatistic
 from layerlake.analyze.norms import NormsOptions, NormsStatistic
 from layerlake.analyze.reduce import reduce_statistic
@@ -84,6 +85,46 @@ def test_cluster(make_run: Callable[..., Run]) -> None:
         there = reduce_statistic(statistic, run, scheduler=address)
     np.testing.assert_array_equal(there.keys, here.keys)
     np.testing.assert_array_equal(there.values, here.values)
+
+
+def test_workers_that_join_later_have_one_blas_thread_too(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distributed import Client, LocalCluster
+
+    monkeypatch.setenv(
+        "OPENBLAS_NUM_THREADS", "2"
+    )  # Dask gives its workers 1, with which nothing could be seen
+
+    def seen() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    run = make_run()
+    statistic = NormsStatistic.open(run, NormsOptions())
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        assert client.submit(seen, pure=False).result() == {2}
+        reduce_statistic(statistic, run, scheduler=cluster.scheduler_address)
+        cluster.scale(2)
+        client.wait_for_workers(2, timeout=60)
+        assert list(client.run(seen).values()) == [{1}, {1}]
+
+
+def test_a_cluster_without_workers_is_said_to_have_none(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distributed import LocalCluster
+
+    monkeypatch.setattr(reduce, "_PATIENCE_S", 1)
+    run = make_run()
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=None, silence_logs=50) as cluster,
+        pytest.raises(LayerLakeError, match="has no workers") as caught,
+    ):
+        reduce_statistic(NormsStatistic.open(run, NormsOptions()), run, scheduler=cluster.scheduler_address)
+    assert f"dask worker {cluster.scheduler_address}" in caught.value.hint
 
 
 def test_no_cluster(make_run: Callable[..., Run]) -> None:

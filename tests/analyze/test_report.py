@@ -13,12 +13,21 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
+from tests.analyze.test_ing import planted_run
+from tests.analyze.test_subjoiner import VOCAB as WORDS_AND_PIECES
+from tests.analyze.test_subjoiner import write_text
+from tests.conftest import TINY, build_run
 
 from layerlake.analyze.analyses import ANALYSES, run_all, run_analysis
+from layerlake.analyze.captions import TITLES
+from layerlake.analyze.demands import DEMANDS
 from layerlake.analyze.report import build_report, label_runs, write_report
+from layerlake.analyze.series import Axis
+from layerlake.capture.placement import Prompt
 from layerlake.catalog.errors import LayerLakeError, RunNotFound
 from layerlake.catalog.findings import list_findings
 from layerlake.catalog.lake import Lake, create_lake
@@ -28,7 +37,7 @@ from layerlake.catalog.run import Run
 MADE = datetime(2024, 6, 19, 12, 0, tzinfo=UTC)
 LENGTHS = (20, 30, 24, 19)  # some queries have 17 tokens before them
 FIGURES = 6
-ANY_TEXT = [name for name in ANALYSES if name not in ("subjoiner", "wic", "ing")]
+ANY_TEXT = [name for name in TITLES if name not in DEMANDS]
 """What a run of random tokens can answer: the others need words, or a task."""
 
 MakeRun = Callable[..., Run]
@@ -115,7 +124,9 @@ def test_one_page_has_all_figures_and_what_they_come_from(lake: Lake, run: Run) 
     assert str(manifest.captures[0]["capture_id"]) in page.words
     assert "2024-06-19 12:00 UTC" in page.words
     assert "arXiv 2406.19384" in page.words
-    assert page.words.count("has not been analysed") == len(ANALYSES) - len(ANY_TEXT)
+    assert "has not been analysed" not in page.words
+    for demand in DEMANDS.values():
+        assert page.words.count(f"Left out, with {demand.lack}: first.") == 1
     assert "has grown" not in page.words
     rows = [row for spec in page.specs for rows in spec["datasets"].values() for row in rows]
     assert not any({"row", "unit"} & row.keys() for row in rows)  # nothing per token or per neuron
@@ -168,11 +179,55 @@ def test_what_the_lake_says_stays_text(lake: Lake, run: Run) -> None:
 def test_a_run_that_lacks_an_analysis_is_named_with_the_command(lake: Lake, other: Run) -> None:
     run_analysis(lake, "lens", runs=["second"], scheduler="synchronous")
     words = Page(build_report(lake, made=MADE)).words
-    assert words.count("second has not been analysed for this.") == len(ANALYSES) - 1
-    assert words.count("first has not been analysed") == len(ANALYSES) - len(ANY_TEXT)
+    assert words.count("second has not been analysed for this.") == len(ANY_TEXT) - 1
+    assert "first has not been analysed" not in words
+    assert words.count(": first; second.") == len(DEMANDS)  # one line for all runs
     assert f"layerlake analyze {lake.url} cka --run {other.run_id}" in words
     assert f"layerlake analyze {lake.url} lens --run {other.run_id}" not in words
     assert "Activations of first and second" in words
+
+
+def test_a_text_that_can_answer_is_not_left_out(make_run: MakeRun, tmp_path: Path) -> None:
+    documents, _ = write_text()
+    prompts = [Prompt("wic", "train", 0, "sentence1", 1, "word", (1, 2), 4) for _ in documents]
+    words_run = make_run(
+        shape=dataclasses.replace(TINY, n_vocab=len(WORDS_AND_PIECES)), lengths=[len(text) for text in documents],
+        token_ids=np.concatenate(documents), vocab=WORDS_AND_PIECES, prompts=prompts, context=48, partition_tokens=128,
+    )  # fmt: skip
+    ing_run = planted_run(tmp_path / "ing", TINY, build_run)
+    for run, met in ((words_run, {"subjoiner", "wic"}), (ing_run, {"ing"})):
+        assert {name for name, demand in DEMANDS.items() if demand.is_met(run)} == met
+        words = Page(build_report(Lake(run.store.url), made=MADE)).words
+        assert words.count("Left out, with") == len(DEMANDS) - len(met)
+        for name in met:
+            assert f"layerlake analyze {run.store.url} {name} --run {run.run_id}" in words
+
+
+def test_commands_name_the_runs_that_were_analysed(lake: Lake, run: Run, other: Run) -> None:
+    commands = Page(build_report(Lake(lake.url), made=MADE)).commands
+    for each in (run, other):  # of the second, in the note that it has not been
+        assert f"layerlake analyze {lake.url} lens --run {each.run_id}" in commands
+    assert f"layerlake analyze {lake.url} lens" not in commands
+
+
+def test_layers_can_stand_as_in_the_paper(lake: Lake) -> None:
+    pages = {axis: Page(build_report(lake, axis=axis, made=MADE)) for axis in get_args(Axis)}
+    depths = {
+        axis: [
+            sorted({row["depth"] for rows in spec["datasets"].values() for row in rows if "depth" in row})
+            for spec in page.specs
+        ]
+        for axis, page in pages.items()
+    }
+    layers, boundaries = {"depth": [0.25, 0.75], "paper": [0, 1]}, [0, 0.5, 1]
+    for axis, page in pages.items():
+        assert depths[axis] == [boundaries, [], layers[axis], layers[axis], layers[axis], layers[axis]]
+        assert page.words.count("(l + 0.5)/L") == (axis == "depth")
+        assert page.words.count("l/(L − 1)") == (axis == "paper")
+    assert f"layerlake report {lake.url} -o report.html --axis paper" in pages["paper"].words
+    with pytest.raises(LayerLakeError, match="'height'") as caught:
+        build_report(lake, axis="height")  # type: ignore[arg-type]
+    assert "depth, paper" in caught.value.hint
 
 
 def test_a_run_that_lacks_a_site_is_told_which(make_run: MakeRun) -> None:
@@ -189,6 +244,16 @@ def test_a_finding_that_its_run_has_outgrown_says_so(lake: Lake, run: Run) -> No
     rename(run, partitions=(*run.manifest.partitions, further), sites=sites)
     words = Page(build_report(Lake(lake.url), made=MADE)).words
     assert words.count("first has grown since this was computed.") == len(ANY_TEXT) - 1  # weights do not grow
+
+
+def test_what_an_older_version_found_is_to_be_computed_again(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    following = dataclasses.replace(ANALYSES["lens"], version=ANALYSES["lens"].version + 1)
+    monkeypatch.setitem(ANALYSES, "lens", following)
+    page = Page(build_report(lake, made=MADE))
+    assert len(page.specs) == FIGURES - 1
+    assert page.words.count("first has not been analysed for this.") == 1
 
 
 def test_each_set_of_parameters_has_its_figures_and_its_command(lake: Lake) -> None:
@@ -221,7 +286,7 @@ def test_some_runs_of_the_lake(lake: Lake, run: Run, other: Run) -> None:
 def test_commands_quote_what_a_shell_would_take_apart(make_run: MakeRun, tmp_path: Path, name: str) -> None:
     run = make_run(url=tmp_path / name)
     page = Page(build_report(Lake(run.store.url), output="my report.html", made=MADE))
-    assert len(page.commands) == 1 + len(ANALYSES)
+    assert len(page.commands) == 1 + len(ANY_TEXT)
     for command in page.commands:
         assert shlex.split(command)[2] == str(tmp_path / name)
     assert shlex.split(page.commands[0])[3:] == ["-o", "my report.html"]
@@ -250,6 +315,7 @@ def test_labels_are_short_and_differ(make_run: MakeRun) -> None:
         "a", "b · x.txt", "b · y.txt", f"c · x.txt · {digits[3]}", f"c · x.txt · {digits[4]}",
     ]  # fmt: skip
     assert [item.run for item in series] == [run.run_id for run in runs]
+    assert {(item.n_layers, item.family) for item in series} == {(TINY.n_layers, TINY.family)}
 
 
 def test_a_lake_without_runs(tmp_path: Path) -> None:

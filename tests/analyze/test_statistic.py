@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from layerlake.analyze.statistic import State, read_rows, tidy_table
-from layerlake.catalog.errors import AnalysisError
+from layerlake.analyze.statistic import State, choose_sites, read_rows, tidy_table
+from layerlake.catalog.errors import AnalysisError, SiteNotFound
 from layerlake.catalog.run import Run
 from layerlake.catalog.shapes import ModelShape
 from layerlake.catalog.tables import to_parquet
@@ -50,6 +50,14 @@ def test_read_rows(make_run: Callable[..., Run], dtype: str, rows: list[int]) ->
     np.testing.assert_array_equal(read, everything[rows])
     if rows:
         assert read.dtype == (np.float16 if dtype == "float16" else np.float32)
+
+
+def test_all_sites_that_lack_are_named_at_once(make_run: Callable[..., Run]) -> None:
+    run = make_run(sites=("resid",))
+    with pytest.raises(SiteNotFound, match="'attn_out' not at all and site 'mlp_out' not at all") as caught:
+        choose_sites(run, [("attn_out", "mlp_out", "resid"), ("pattern",)])
+    assert caught.value.hint.endswith("--sites attn_out,mlp_out")
+    assert choose_sites(run, [("pattern",), ("resid",)]) == ("resid",)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -175,6 +175,15 @@ def test_intervals_and_standard_errors(tables: dict[str, pa.Table]) -> None:
 def test_one_seed_has_no_spread(run: Run) -> None:
     summary = compute_tables(WicStatistic.open, run, WicOptions(seeds=1))["wic_summary"].to_pylist()
     assert all(row["stderr_seeds"] is None and row["accuracy_lo"] is not None for row in summary)
+    assert {row["reason"] for row in summary} == {"no spread: only one seed"}
+
+
+def test_measuring_leaves_what_was_read_as_it_is(run: Run) -> None:
+    statistic = WicStatistic.open(run, WicOptions(seeds=1))
+    block = statistic.read(run, statistic.units()[0])
+    before = block.states.copy()
+    statistic.measure(block)
+    np.testing.assert_array_equal(block.states, before)
 
 
 def test_equal_states_of_a_word_tell_nothing(tmp_path: Any) -> None:

@@ -34,7 +34,8 @@ def read_prefixes(texts: list[str], n: int, n_before: int, *, whole: bool) -> li
         ends = re.match(r"\s", after) if after else whole
         before = prompt.removesuffix(word).split()
         kept = [w for w in before if all(c.isalpha() for c in w) and w != w.upper()]
-        if re.fullmatch(" [a-z]+", word, re.ASCII) and ends and len(kept) >= n_before:
+        whole_pieces = texts[last + 1 - n] and texts[last]  # a word neither begins nor ends with nothing
+        if re.fullmatch(" [a-z]+", word, re.ASCII) and whole_pieces and ends and len(kept) >= n_before:
             found.append((last, word[1:]))
     return found
 
@@ -42,7 +43,7 @@ def read_prefixes(texts: list[str], n: int, n_before: int, *, whole: bool) -> li
 @few
 @given(
     documents=st.lists(
-        st.lists(st.integers(1, len(VOCAB) - 2), min_size=2, max_size=14), min_size=1, max_size=6
+        st.lists(st.integers(1, len(VOCAB) - 1), min_size=2, max_size=14), min_size=1, max_size=6
     ),
     n_before=st.integers(0, 3),
 )
@@ -145,6 +146,17 @@ def test_nothing_pairs_with_nothing() -> None:
     for kinds in ((void, void), (void, words_of([(0, 1, "a")])), (words_of([(0, 1, "a")]), void)):
         pairs = pair_words(*kinds, n_pairs=5, per_word=1, per_document=1, min_gap=0, seed=0)
         assert [*map(len, pairs)] == [0, 0]
+
+
+def test_a_token_without_text_after_a_word_is_not_of_it(
+    make_run: Callable[..., Run], shape: ModelShape
+) -> None:
+    vocab = ["<bos>", " a", "b", ""]
+    run = make_run(shape=shape, lengths=[6], context=8, vocab=vocab, token_ids=np.array([0, 3, 1, 2, 3, 1]))
+    found = find_words(run, (1, 2, 3), n_before=0)
+    assert {n: (words.texts.tolist(), words.positions.tolist()) for n, words in found.items()} == {
+        1: (["a"], [5]), 2: (["ab"], [3]), 3: ([], []),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("missing", [3, 5])

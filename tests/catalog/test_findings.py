@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,33 +136,62 @@ def test_whatever_has_changed_in_a_finding_is_a_damage(data: st.DataObject) -> N
     store.write(path, content[:place] + bytes([content[place] ^ bits]) + content[place + 1 :])
     found = scan_findings(store, "lens")
     assert len(found.whole) + len(found.unreadable) + len(found.unfinished) == 1
-    with suppress(CorruptRun):
+    with pytest.raises(CorruptRun, match="checksum"):
         read_finding(store, KEY, ["lens"])
 
 
 def test_a_finding_that_goes_as_it_is_read_is_absent(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_finding(store, finding())
 
-    def gone(_: Store, name: str) -> object:
+    def gone(self: Store, name: str, **_: object) -> object:
+        self.delete(name)
         raise FileNotFoundError(name)
 
     monkeypatch.setattr(Store, "open", gone)
+    monkeypatch.setattr(Store, "read", gone)
+    assert scan_findings(store).unreadable == ()
     assert list_findings(store) == []
+    write_finding(store, finding())
     assert read_finding(store, KEY, ["lens"]) is None
 
 
 def test_only_the_newest_extent_and_version_are_shown(store: Store) -> None:
     longer = replace(KEY, extents={"resid": {"n_tokens": 99, "partitions": [0, 1, 2]}})
-    newer = replace(KEY, version=2)
     other = replace(KEY, params={"scale": "final"})
     elsewhere = replace(KEY, run="tiny-1")
-    for key in (longer, KEY, newer, other, elsewhere):
+    for key in (longer, KEY, other, elsewhere):
         write_finding(store, finding(key))
-    shown = {table.key.digest for table in newest_findings(list_findings(store, "lens"))}
-    assert shown == {newer.digest, other.digest, elsewhere.digest}
-    without_newer = [table for table in list_findings(store, "lens") if table.key != newer]
-    shown = {table.key.digest for table in newest_findings(without_newer)}
-    assert shown == {longer.digest, other.digest, elsewhere.digest}
+    assert shown(store) == {longer.digest, other.digest, elsewhere.digest}
+    # whose parameters are others: that it has an option more does not leave the old rows beside its own
+    newer = replace(KEY, version=2, params={"scale": "own", "window": 3})
+    write_finding(store, finding(newer))
+    assert shown(store) == {newer.digest, elsewhere.digest}
+
+
+def shown(store: Store) -> set[str]:
+    return {table.finding for table in newest_findings(list_findings(store, "lens"))}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_findings_of_one_size_the_later_is_shown(store: Store, order: int) -> None:
+    """Whichever has the greater digest, and though both are written within a second."""
+    keys = [KEY, replace(KEY, extents={"pattern": KEY.extents["resid"]})][::order]
+    for key in keys:
+        write_finding(store, finding(key))
+    assert shown(store) == {keys[-1].digest}
+
+
+def test_a_finding_that_left_documents_out_is_shown_beside_the_one_that_did_not(store: Store) -> None:
+    """And goes when a longer extent leaves out more of them."""
+    of_all, without_two, without_three = (
+        replace(KEY, params={"scale": "own", "n_excluded": n}, extents={"resid": {"n_tokens": 36 + n}})
+        for n in (0, 2, 3)
+    )
+    for key in (KEY, of_all, without_two):
+        write_finding(store, finding(key))
+    assert shown(store) == {of_all.digest, without_two.digest}
+    write_finding(store, finding(without_three))
+    assert shown(store) == {of_all.digest, without_three.digest}
 
 
 def test_findings_of_several_runs_are_stacked() -> None:

@@ -209,7 +209,7 @@ def test_a_site_that_was_not_captured_says_how_to_capture_it(make_run: Callable[
     with pytest.raises(SiteNotFound, match="attn_out"):
         run.resid_mid  # noqa: B018
     with pytest.raises(SiteNotFound, match="Did you mean 'resid'") as unknown:
-        run.require_site("residd")
+        run.require_sites("residd")
     assert unknown.value.hint == ""
 
 

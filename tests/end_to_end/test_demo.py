@@ -33,7 +33,7 @@ def test_the_demo_leaves_a_lake_a_report_and_commands_that_work(
     lake = open_lake(tmp_path / "demo-lake")
     assert [run.manifest.model_name for run in lake.runs()] == list(MODELS)
     assert {stored.key.analysis for stored in lake.findings()} == {
-        "lens", "cka", "neurons", "attention_locality", "norms",
+        "lens", "cka", "neurons", "attention_locality", "norms", "interventions", "intervention_summary", "stages",
     }  # fmt: skip
     assert "<html" in (tmp_path / "demo-report.html").read_text()
     printed = [line.strip() for line in ran.stderr.splitlines() if line.startswith("  layerlake")]

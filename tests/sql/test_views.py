@@ -85,9 +85,11 @@ def test_documents(run: Run) -> None:
 
 def test_analysis_views_show_the_newest_finding_of_each_parameter_set(run: Run) -> None:
     write(run, key(run, n_tokens=18), {"boundary": [0], "loss_nats": [1.0]})
-    write(run, key(run, n_tokens=36), {"boundary": [0], "loss_nats": [2.0]}, lens_tokens={"row": [7]})
-    write(run, key(run, n_tokens=18, version=2), {"boundary": [0], "loss_nats": [3.0]})
-    write(run, key(run, n_tokens=18, variant="authors"), {"boundary": [0], "loss_nats": [4.0]})
+    write(run, key(run, n_tokens=36), {"boundary": [0], "loss_nats": [2.0]}, lens_tokens={"row": [6]})
+    write(
+        run, key(run, n_tokens=18, version=2), {"boundary": [0], "loss_nats": [3.0]}, lens_tokens={"row": [7]}
+    )
+    write(run, key(run, n_tokens=18, version=2, variant="authors"), {"boundary": [0], "loss_nats": [4.0]})
     lake = Lake(run.store.url)
     assert query(lake, "SELECT loss_nats FROM lens ORDER BY ALL").fetchall() == [(3.0,), (4.0,)]
     assert query(lake, "SELECT row FROM lens_tokens").fetchall() == [(7,)]
@@ -95,9 +97,9 @@ def test_analysis_views_show_the_newest_finding_of_each_parameter_set(run: Run) 
         "SELECT version, params->>'variant', n_rows, analysis FROM findings WHERE view = 'lens' ORDER BY ALL"
     )
     assert query(lake, history).fetchall() == [
-        (1, "authors", 1, "lens"),
         (1, "default", 1, "lens"),
         (1, "default", 1, "lens"),
+        (2, "authors", 1, "lens"),
         (2, "default", 1, "lens"),
     ]
 

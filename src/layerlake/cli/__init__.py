@@ -9,10 +9,12 @@ import click
 
 from .. import console
 from ..catalog.errors import LayerLakeError
-from .analysis import analyze, report, sql
+from .analysis import analyze, report
 from .capture import capture, demo, plan
+from .intervene import intervene
 from .lake import gc, info, ls, rm, verify
 from .options import InOrder
+from .sql import sql
 
 __all__ = ["main"]
 
@@ -27,7 +29,7 @@ def cli(debug: bool) -> None:  # read by main
     """
 
 
-for command in (demo, plan, capture, ls, info, verify, sql, analyze, report, rm, gc):
+for command in (demo, plan, capture, intervene, ls, info, verify, sql, analyze, report, rm, gc):
     cli.add_command(command)
 
 

@@ -1,9 +1,8 @@
-"""Ask a lake: sql, analyze, report."""
+"""Ask a lake: analyze, report."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -14,24 +13,9 @@ from .. import console
 from ..lake import open_lake
 from .options import InOrder, json_option, lake_argument, run_options, scheduler_option, stack
 
-__all__ = ["analyze", "report", "sql"]
+__all__ = ["analyze", "report"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@click.command()
-@lake_argument
-@click.argument("query")
-@click.option(
-    "--format", "kind", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True,
-    help="How to print the result.",
-)  # fmt: skip
-@click.option("--run", help="The run whose relations need no schema in front.")
-def sql(lake: str, query: str, kind: Literal["table", "csv", "json"], run: str | None) -> None:
-    """Ask a lake in SQL, read-only. ``SHOW ALL TABLES`` lists the relations."""
-    from ..sql import write_result
-
-    write_result(open_lake(lake).sql(query, run=run), kind, sys.stdout)
 
 
 class _Analyses(InOrder):
@@ -92,8 +76,7 @@ def _analysis_command(name: str) -> click.Command:
         if as_json:
             console.print_json(finding.table.to_pylist())
             return
-        # of several tables the shortest says most at a glance: counts rather than neurons, means rather than tokens
-        console.print_table(min(finding.tables.values(), key=len).to_pylist())
+        console.print_table(finding.table.to_pylist())
         views = ", ".join(f"{view} ({table.num_rows:,} rows)" for view, table in finding.tables.items())
         console.note(f"in SQL: {views}")
 
@@ -159,7 +142,11 @@ def _analyze_all(lake: str, runs: tuple[str, ...], scheduler: str, as_json: bool
     type=click.Path(path_type=Path, dir_okay=False),
     help="The HTML file.",
 )
-def report(lake: str, runs: tuple[str, ...], output: Path) -> None:
+@click.option(
+    "--axis", type=click.Choice(["depth", "paper"]), default="depth", show_default=True,
+    help="Where layer l of L stands: at (l + 0.5)/L, or as in the paper at l/(L - 1).",
+)  # fmt: skip
+def report(lake: str, runs: tuple[str, ...], output: Path, axis: Literal["depth", "paper"]) -> None:
     """Write the findings as one self-contained HTML file."""
-    open_lake(lake).report(output, run=runs)
+    open_lake(lake).report(output, run=runs, axis=axis)
     console.note(f"wrote {output}")

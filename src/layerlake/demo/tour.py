@@ -40,7 +40,7 @@ def demo_model_path(name: str) -> Path:
 
 
 def run_demo(lake: Path, report: Path, *, max_tokens: str = "16k") -> None:
-    """Capture both models over held-out text, run every analysis, and write the report.
+    """Capture both models over held-out text, intervene on them, run every analysis, and write the report.
 
     Parameters
     ----------
@@ -53,6 +53,8 @@ def run_demo(lake: Path, report: Path, *, max_tokens: str = "16k") -> None:
     """
     from ..analyze.analyses import run_all
     from ..capture.execute import execute_plan
+    from ..capture.intervene import execute_interventions
+    from ..capture.interventions import InterventionSpec, plan_intervention
     from ..capture.plan import plan_capture
     from ..capture.spec import CaptureSpec
 
@@ -65,6 +67,10 @@ def run_demo(lake: Path, report: Path, *, max_tokens: str = "16k") -> None:
         with console.show_capture(f"capture {name}") as progress:
             execute_plan(plan_capture(spec, str(lake)), str(lake), progress=progress)
     opened = open_lake(lake)
+    for run in opened.runs():
+        planned = plan_intervention(run, InterventionSpec(drop="all", swap="all", repeat="3"))
+        with console.show_capture(f"intervene {run.manifest.model_name}") as progress:
+            execute_interventions(planned, progress=progress)
     run_all(opened, progress=True)
     opened.report(report)
     console.note(

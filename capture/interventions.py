@@ -1,0 +1,343 @@
+"""What an intervention will do: which schedules, on which documents, and how many blocks that is. Loads no weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..catalog.errors import ModelError, PlanError
+from ..catalog.interventions import GrowingView, held_documents, list_parts
+from ..catalog.layout import model_path
+from ..catalog.mask import sample_positions
+from ..catalog.run import Run
+from ..catalog.schedules import Intervention, Step, count_blocks, plan_interventions
+from ..catalog.sites import parse_sites
+from .blocks import require_family
+from .description import ModelDescription, describe_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["InterventionPlan", "InterventionSpec", "MeasuredDocument", "Unit", "plan_intervention"]
+
+_UNIT_ROWS = 1 << 18
+"""What is stored together holds at most so many rows of a table."""
+
+_FLOOR_DOCUMENTS = 4
+_FLOOR_TOKENS = 32
+"""The floor is measured on the beginnings of a few documents: enough to know its size, and next to nothing to run."""
+
+_ANSWERS = ("choice", "continuation")
+"""Roles of documents of which the span is what counts, and not the rest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterventionSpec:
+    """What to do to a model, and what to look at. See :func:`layerlake.catalog.schedules.plan_interventions`."""
+
+    drop: str | None = None
+    """Layers to leave out: ``all``, ``3``, ``0-5,9``, ``7-``."""
+    swap: str | None = None
+    """Layers to exchange with the next."""
+    repeat: str | None = None
+    """Lengths of blocks that run each of their layers twice: ``3,5``."""
+    ablate_attn: str | None = None
+    """Layers whose attention adds nothing."""
+    ablate_mlp: str | None = None
+    """Layers whose MLP adds nothing."""
+    schedules: tuple[str, ...] = ()
+    """Whole schedules: ``"0-4,6,5,7-"``."""
+    swap_cosines: str | None = None
+    """Layers of which to compare what attention and MLP give before and after a swap with the next."""
+    stale_kv: bool = False
+    """A repeated layer sees the keys and values of its first run."""
+    max_documents: int | None = None
+    """The first so many documents; None is all."""
+    positions: int | None = None
+    """So many evaluation positions of each document; None is all. Of a task's answers all are looked at."""
+    resume: bool = True
+    """Begin at the stored residual stream; else at the embedding, every schedule by itself."""
+    capture_sites: str | None = None
+    """Sites to capture of each intervened model, each in a run of its own: ``resid,mlp_out``."""
+    model: str | os.PathLike[str] | PreTrainedModel | None = None
+    """Where the model is; None is where the run's capture found it."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Of a model that is loaded already."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:1``."""
+    max_memory: int | str = "4GiB"
+    """Beyond the loaded model."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredDocument:
+    """A document, and the positions at which the model is looked at."""
+
+    number: int
+    token_ids: npt.NDArray[np.int32]
+    row_start: int
+    positions: npt.NDArray[np.int64]
+    """Each has a next token."""
+
+    def beginning(self, n_tokens: int) -> MeasuredDocument:
+        """Return its first tokens as a document, all of whose evaluation positions are looked at."""
+        ids = self.token_ids[:n_tokens]
+        return MeasuredDocument(
+            self.number, ids, self.row_start, sample_positions(self.number, len(ids), None)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Documents of one partition on which the same interventions are missing: what is stored together."""
+
+    view: GrowingView
+    documents: tuple[MeasuredDocument, ...]
+    interventions: tuple[Intervention, ...]
+
+    @property
+    def n_positions(self) -> int:
+        """How many positions are looked at."""
+        return sum(len(document.positions) for document in self.documents)
+
+
+@dataclass(frozen=True)
+class InterventionPlan:
+    """What will be run; ``units`` is empty where the lake holds all of it."""
+
+    spec: InterventionSpec
+    run: Run
+    model: ModelDescription
+    interventions: tuple[Intervention, ...]
+    """All that was asked for, the unmodified model first; without the floor."""
+    swaps: tuple[Intervention, ...]
+    """Those of which cosines were asked for."""
+    units: tuple[Unit, ...]
+
+    def params(self, view: GrowingView) -> dict[str, Any]:
+        """Return what of the request decides the numbers beyond schedule and document."""
+        return _params(self.run, self.spec, view)
+
+    @cached_property
+    def has_answers(self) -> bool:
+        """Whether the documents are prompts of a task, of which only the answers are looked at."""
+        return _has_answers(self.run)
+
+    @cached_property
+    def has_outputs(self) -> bool:
+        """Whether the run holds what attention and MLP give, so that cosines need not run the unmodified blocks."""
+        return all(self.run.has_site(site) for site in ("attn_out", "mlp_out"))
+
+    @cached_property
+    def n_blocks(self) -> int:
+        """Blocks that are executed for each batch of documents, if all is missing."""
+        return count_blocks(self.interventions, is_resumed=self.spec.resume)
+
+    @cached_property
+    def n_blocks_without_resume(self) -> int:
+        """Blocks that a rerun of every schedule would execute, and of the unmodified model once."""
+        return count_blocks(self.interventions, is_resumed=False)
+
+    @cached_property
+    def n_cosine_blocks(self) -> int:
+        """Blocks that are executed for each batch to compare swapped layers: two a swap, and the unmodified ones."""
+        layers = [swap.layer for swap in self.swaps if swap.layer is not None]
+        unmodified = {near for layer in layers for near in (layer, layer + 1)}
+        return 2 * len(layers) + (0 if self.has_outputs else len(unmodified))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers; documents and positions are those of which something is missing."""
+        positions = {d.number: len(d.positions) for unit in reversed(self.units) for d in unit.documents}
+        return {
+            "run": self.run.run_id,
+            "interventions": sum(intervention.kind != "none" for intervention in self.interventions),
+            "documents": len(positions),
+            "positions": sum(positions.values()),
+            "blocks_a_batch": self.n_blocks,
+            "blocks_a_batch_without_resume": self.n_blocks_without_resume,
+            "cosine_blocks_a_batch": self.n_cosine_blocks,
+        }
+
+
+def plan_intervention(run: Run, spec: InterventionSpec) -> InterventionPlan:
+    """Plan interventions on the model of a run. Reads its tables, hashes the model's files, loads no weights.
+
+    Raises
+    ------
+    SiteNotFound
+        The run holds no ``resid``, or a layer does not exist.
+    PlanError
+        Nothing was asked for, no document has a position to look at, or the run is itself one of an intervention.
+    ModelError
+        The model is not there any more, or is another one.
+    AdapterMismatch
+        The blocks of this family are not known to run by themselves.
+    """
+    run.require_sites("resid")
+    require_family(run.shape.family)
+    if run.manifest.schedule is not None:
+        raise PlanError(
+            f"Run {run.run_id} is one of an intervention already: {run.manifest.schedule}.",
+            hint=f"Intervene in the unmodified model: --run {run.manifest.baseline}.",
+        )
+    n_layers = run.shape.n_layers
+    for name, value in (("max_documents", spec.max_documents), ("positions", spec.positions)):
+        if value is not None and value < 1:
+            raise PlanError(f"{name} is {value}: there would be nothing to look at.", hint="Give 1 or more.")
+    asked = plan_interventions(
+        n_layers,
+        drop=spec.drop,
+        swap=spec.swap,
+        repeat=spec.repeat,
+        ablate_attn=spec.ablate_attn,
+        ablate_mlp=spec.ablate_mlp,
+        schedules=spec.schedules,
+        stale_kv=spec.stale_kv,
+    )
+    if spec.capture_sites is not None:
+        parse_sites(spec.capture_sites)
+        if spec.stale_kv:
+            raise PlanError(
+                "With --stale-kv a block runs twice in one step: no site has one value there.",
+                hint="Capture the true repetition, without --stale-kv.",
+            )
+    swaps = plan_interventions(n_layers, swap=spec.swap_cosines)
+    if not asked and not swaps:
+        raise PlanError("No intervention was asked for.", hint="Such as --drop all --swap all.")
+    if asked:
+        asked = (Intervention("none", None, None, tuple(map(Step, range(n_layers)))), *asked)
+    documents = list(_measured_documents(run, spec))
+    if not documents:
+        raise PlanError(f"Run {run.run_id} has no document with a position to look at.")
+    units = (
+        *_missing(run, spec, "interventions", asked, documents),
+        *_missing(run, spec, "interventions", *_floor(asked, documents) if spec.resume else ((), ())),
+        *_missing(run, spec, "swap_cosine_documents", swaps, documents),
+    )
+    return InterventionPlan(spec, run, _describe(run, spec), asked, swaps, units)
+
+
+def _params(run: Run, spec: InterventionSpec, view: GrowingView) -> dict[str, Any]:
+    sampled = {"positions": None if _has_answers(run) else spec.positions}
+    return sampled | {"is_resumed": spec.resume} if view == "interventions" else sampled
+
+
+def _has_answers(run: Run) -> bool:
+    return any(map(_is_answer, run.stored_documents["role"].unique().to_pylist()))
+
+
+def _is_answer(role: str | None) -> bool:
+    return role is not None and role.startswith(_ANSWERS)
+
+
+def _describe(run: Run, spec: InterventionSpec) -> ModelDescription:
+    """Describe the model that a run was captured from, and make sure that it is that one."""
+    card = run.store.read_json(f"{model_path(run.manifest.model_id)}/model.json")
+    is_loaded = spec.model is not None and not isinstance(spec.model, str | os.PathLike)
+    if not card["location"] and not is_loaded:
+        raise ModelError(
+            f"Run {run.run_id} was captured from a model in memory.",
+            hint="Pass it again: layerlake.intervene(LAKE, model=…, tokenizer=…).",
+        )
+    if card["location"] and is_loaded:
+        raise ModelError(
+            f"Run {run.run_id} was captured from files: a model in memory cannot be held against their digest.",
+            hint="Say where they are: model=PATH.",
+        )
+    try:
+        found = describe_model(
+            spec.model or card["location"],
+            revision=None if spec.model else card["revision"],
+            tokenizer=spec.tokenizer,
+            trust_remote_code="code" in card["digests"],
+        )
+    except ModelError as error:
+        if spec.model:
+            raise
+        raise ModelError(
+            f"The model of run {run.run_id} cannot be opened where it was: {error}",
+            hint="Say where it is: --model PATH.",
+        ) from error
+    if (
+        found.digests["weights"] != card["digests"]["weights"]
+        or found.digests["config"] != card["digests"]["config"]
+    ):
+        raise ModelError(
+            f"'{found.name}' is not the model of run {run.run_id}: its weights or its config differ.",
+            hint=f"That one has the id {run.manifest.model_id}; its results would not be about the stored activations.",
+        )
+    # the same model under another folder's name is the same model
+    return replace(found, name=run.manifest.model_name, digests=card["digests"])
+
+
+def _measured_documents(run: Run, spec: InterventionSpec) -> Iterator[MeasuredDocument]:
+    """Return the documents that were asked for, and where to look: at the answers of a task, else at the mask."""
+    table = run.stored_documents
+    token_ids, numbers = run.tokens["token_id"].to_numpy(), run.tokens["document"].to_numpy()
+    starts = np.searchsorted(numbers, table["document"].to_numpy())
+    n_taken = 0
+    for row, start in zip(table.to_pylist(), starts.tolist(), strict=True):
+        number, n_tokens = row["document"], row["n_tokens"]
+        if _is_answer(row["role"]):
+            positions = np.arange(max(1, row["span_start"]) - 1, row["span_end"] - 1, dtype=np.int64)
+        else:
+            positions = sample_positions(number, n_tokens, spec.positions)
+        if not len(positions):
+            continue
+        yield MeasuredDocument(number, token_ids[start : start + n_tokens], row["row_start"], positions)
+        n_taken += 1
+        if n_taken == spec.max_documents:
+            return
+
+
+def _floor(
+    asked: Sequence[Intervention], documents: Sequence[MeasuredDocument]
+) -> tuple[list[Intervention], list[MeasuredDocument]]:
+    """Return a no-op at every boundary that something resumes at, and the beginnings of some documents."""
+    identity = asked[0].steps if asked else ()
+    starts = sorted({intervention.resumes_at for intervention in asked})
+    floor = [Intervention("noop", start, 0, identity) for start in starts if start < len(identity)]
+    return floor, [document.beginning(_FLOOR_TOKENS) for document in documents[:_FLOOR_DOCUMENTS]]
+
+
+def _missing(
+    run: Run,
+    spec: InterventionSpec,
+    view: GrowingView,
+    interventions: Iterable[Intervention],
+    documents: Iterable[MeasuredDocument],
+) -> Iterator[Unit]:
+    """Return what no part holds: by partition, and by which interventions are missing there."""
+    held = held_documents(list_parts(run.store, run.run_id, _params(run, spec, view), view=view))
+    rows = run.manifest.geometry.partition_tokens
+    wanted: dict[tuple[int, tuple[Intervention, ...]], list[MeasuredDocument]] = {}
+    for document in documents:
+        missing = tuple(i for i in interventions if document.number not in held.get(i.name, ()))
+        if missing:
+            wanted.setdefault((document.row_start // rows, missing), []).append(document)
+    for (_, missing), members in sorted(wanted.items(), key=lambda item: item[0][0]):
+        for some in _cut(members, _UNIT_ROWS // len(missing)):
+            yield Unit(view, some, missing)
+
+
+def _cut(documents: Iterable[MeasuredDocument], n_positions: int) -> Iterator[tuple[MeasuredDocument, ...]]:
+    """Cut documents, in order, into pieces of at most so many positions, or one document.
+
+    From the first on: what is left of them after a crash is cut as all of them were.
+    """
+    piece: list[MeasuredDocument] = []
+    n_taken = 0
+    for document in documents:
+        if piece and n_taken + len(document.positions) > n_positions:
+            yield tuple(piece)
+            piece, n_taken = [], 0
+        piece.append(document)
+        n_taken += len(document.positions)
+    if piece:
+        yield tuple(piece)
