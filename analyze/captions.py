@@ -6,52 +6,11 @@ Figures of the paper are those of "The Remarkable Robustness of LLMs: Stages of 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
 from . import charts, ing_charts, subjoiner_charts
+from .figure import Figure
+from .intervention_captions import INTERVENTION_FIGURES
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-__all__ = ["FIGURES", "TITLES", "Figure", "count_text", "remarks"]
-
-_N_REMARKS = 4
-_COUNTS = ("n_samples", "n_tokens", "n_queries", "n_prompts", "n_examples")
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One figure of the report: a chart of one view, and its caption."""
-
-    analysis: str
-    view: str
-    title: str
-    draw: Callable[..., Any]
-    """``draw(table, series)``, for a chart by depth with ``axis``."""
-    shows: str
-    computed: str
-    """May name parameters of the finding in braces."""
-    reading: str
-    source: str
-    """Which figure of the paper shows the like."""
-    is_by_depth: bool = True
-    """Whether the chart takes ``axis``."""
-    choices: Mapping[str, Mapping[Any, str]] = field(default_factory=dict)
-    """For parameters whose values need words: parameter → value → what it means."""
-
-    def say_computed(self, params: Mapping[str, Any]) -> str:
-        """Return how it is computed with these parameters."""
-        words = {
-            name: self.choices.get(name, {}).get(
-                value, f"{value:g}" if isinstance(value, float) else str(value)
-            )
-            for name, value in params.items()
-        }
-        return self.computed.format_map(defaultdict(str, words))
-
+__all__ = ["FIGURES", "TITLES"]
 
 TITLES = {
     "lens": ("Logit lens", "where the prediction forms"),
@@ -62,6 +21,13 @@ TITLES = {
     "wic": ("Word in context", "where the sense of a word can be read"),
     "ing": ("The ending -ing", "which neurons speak for it, and what they foretell"),
     "norms": ("Norms", "how much each block adds"),
+    "intervention_summary": (
+        "Interventions",
+        "what the output loses where layers are dropped, swapped or repeated",
+    ),
+    "swap_cosines": ("Swapped layers", "whether they still give what they gave"),
+    "benchmarks": ("Benchmarks", "what is left of the answers"),
+    "stages": ("Stages", "what marks the four stages of inference, and what speaks against them"),
 }
 """Name and subject of each analysis; the report's sections, in their order."""
 
@@ -276,35 +242,6 @@ FIGURES = (
         "outputs grow and peak in the last layers, and that attention weighs most early.",
         source="Figures 12b and 22; Figures 5 and 7 of v1",
     ),
+    *INTERVENTION_FIGURES,
 )
 """The figures of the report, in their order."""
-
-
-def count_text(table: pa.Table, series: Sequence[charts.Series]) -> str:
-    """Say how many tokens, samples or documents of each run the numbers are means over."""
-    column = next((name for name in _COUNTS if name in table.column_names), None)
-    if column is None:
-        return ""
-    largest: dict[str, int] = {}
-    for run, n in zip(table["run"].to_pylist(), table[column].to_pylist(), strict=True):
-        largest[run] = max(largest.get(run, 0), n or 0)
-    unit = column.removeprefix("n_")
-    if len(set(largest.values())) == 1 and len(largest) > 1:
-        return f"{max(largest.values()):,} {unit} of each run"
-    return ", ".join(
-        f"{largest[item.run]:,} {unit} of {item.label}" for item in series if item.run in largest
-    )
-
-
-def remarks(table: pa.Table, series: Sequence[charts.Series]) -> list[str]:
-    """Say why values are missing, in the table's own words."""
-    labels = {item.run: item.label for item in series}
-    runs_of: dict[str, dict[str, None]] = {}
-    for name in ("reason", "note"):
-        if name in table.column_names:
-            for row in table.select(["run", name]).to_pylist():
-                if row[name]:
-                    runs_of.setdefault(row[name], {})[labels[row["run"]]] = None
-    said_of = [f"{', '.join(of)}: {said}." for said, of in runs_of.items()]
-    hidden = len(said_of) - _N_REMARKS
-    return said_of if hidden <= 0 else [*said_of[:_N_REMARKS], f"The table has {hidden} more."]

@@ -140,10 +140,16 @@ def neurons_chart(table: pa.Table, series: Sequence[Series], *, axis: Axis = "de
         point = layers.setdefault((row["run"], row["layer"]), row | dict.fromkeys(_CLASSES, 0.0))
         point[row["class"]], point[f"{row['class']}_n"] = row["density"], row["n_units"]
     panels = [
-        Panel(name, f"{name} neurons (% of the layer’s)", percent=True, notes=((f"{name}_n", "neurons"),))
+        Panel(
+            name,
+            f"{name} neurons (% of the layer’s)",
+            percent=True,
+            unit="share",
+            notes=((f"{name}_n", "neurons"),),
+        )
         for name in _CLASSES
     ]
-    return draw_lines(list(layers.values()), series, panels, "layer", columns=2, height=230, shared_y=True)
+    return draw_lines(list(layers.values()), series, panels, "layer", columns=2, height=230)
 
 
 def attention_locality_chart(
@@ -197,10 +203,12 @@ def attention_distance_chart(
             point[f"previous_{distance}{end}"] = row.get(f"cumulative_weight{end}")
         point[f"uniform_{distance}"] = row["uniform_weight"]
     panels = [
-        Panel(f"previous_{k}", f"attention on the previous {_tokens(k)}", baseline=f"uniform_{k}")
+        Panel(
+            f"previous_{k}", f"attention on the previous {_tokens(k)}", baseline=f"uniform_{k}", unit="share"
+        )
         for k in DISTANCES
     ]
-    return draw_lines(list(layers.values()), series, panels, "layer", columns=3, height=190, shared_y=True)
+    return draw_lines(list(layers.values()), series, panels, "layer", columns=3, height=190)
 
 
 def wic_chart(table: pa.Table, series: Sequence[Series], *, axis: Axis = "depth") -> alt.ConcatChart:
@@ -226,14 +234,13 @@ def wic_chart(table: pa.Table, series: Sequence[Series], *, axis: Axis = "depth"
             f"accuracy, from {seen}",
             percent=True,
             zero=False,
+            unit="accuracy",
             rule=0.5,
             notes=(("layer", "layer"), ("n_dev", "items")),
         )
         for name, seen in _PAIR_FEATURES.items()
     ]
-    return draw_lines(
-        list(boundaries.values()), series, panels, "boundary", columns=2, height=210, shared_y=True
-    )
+    return draw_lines(list(boundaries.values()), series, panels, "boundary", columns=2, height=210)
 
 
 def norms_chart(table: pa.Table, series: Sequence[Series], *, axis: Axis = "depth") -> alt.ConcatChart:

@@ -21,6 +21,7 @@ __all__ = [
     "WIDTH",
     "Panel",
     "concat",
+    "depth_axis",
     "draw_lines",
     "value_scale",
     "wrapped",
@@ -38,6 +39,7 @@ _FACET_HEIGHT = 150
 _NARROW = 150  # a panel with fewer ticks
 
 _INK, _GREY = "#222222", "#888888"
+_FAR = 10  # a floor so many times below all values is below the axis
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])  # from the 8th run on, when the colours come round again
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 _TEXT = {"labelColor": "#444444", "titleColor": _INK, "titleFontSize": 12, "titleFontWeight": "normal"}
@@ -80,8 +82,14 @@ class Panel:
     """What the columns ``<field>_low`` and ``<field>_high`` are; their band is paler than the interval's."""
     baseline: str = ""
     """A column to draw dashed beside the line."""
+    floor: str = ""
+    """A column to draw thin below the line; the axis does not reach far down for it."""
     rule: float | None = None
     """A value to mark with a horizontal line."""
+    unit: str = ""
+    """Panels that name the same have the same y axis."""
+    place: str = "depth"
+    """The column that lies on the x axis."""
     notes: tuple[tuple[str, str], ...] = ()
     """More columns for the tooltip, with their names."""
 
@@ -99,8 +107,11 @@ class Panel:
         return tuple(filter(None, (self.field, self.baseline, *ends)))
 
     def values(self, rows: Sequence[Row]) -> list[float]:
-        """Return all values that lie on the y axis."""
-        return [row[name] for row in rows for name in self.columns if row.get(name) is not None]
+        """Return all values that the y axis has to hold."""
+        held = [row[name] for row in rows for name in self.columns if row.get(name) is not None]
+        near = min(held, default=0.0) / _FAR
+        floors = [row[self.floor] for row in rows if row.get(self.floor) is not None]
+        return held + [value for value in floors if value > near]
 
 
 def draw_lines(
@@ -111,7 +122,6 @@ def draw_lines(
     *,
     columns: int,
     height: int,
-    shared_y: bool = False,
 ) -> alt.ConcatChart:
     """Lay panels out in columns; or, with rows of several families, a row a panel and a column a family.
 
@@ -129,23 +139,26 @@ def draw_lines(
         The column that ``depth`` was made from.
     columns, height : int
         Panels beside each other, and pixels of one, where there is one family.
-    shared_y : bool
-        Whether all panels have the same y axis.
     """
     import altair as alt
 
     for panel in panels:
         if panel.log:  # a logarithmic axis has no place for 0
-            rows = [row | {name: row.get(name) or None for name in panel.columns} for row in rows]
+            drawn = (*panel.columns, *filter(None, [panel.floor]))
+            rows = [row | {name: row.get(name) or None for name in drawn} for row in rows]
     panels = [panel for panel in panels if any(row.get(panel.field) is not None for row in rows)]
     families = [
         name
         for name in dict.fromkeys(item.family for item in series)
         if name in {row["family"] for row in rows}
     ]
-    wanted = {name for panel in panels for name in (*panel.columns, *(name for name, _ in panel.notes))}
+    wanted = {
+        name
+        for panel in panels
+        for name in (*panel.columns, panel.floor, panel.place, *(name for name, _ in panel.notes))
+    }
     filled = sorted(name for name in wanted if any(row.get(name) is not None for row in rows))
-    rows = [{name: row.get(name) for name in ("model", "family", kind, "depth", *filled)} for row in rows]
+    rows = [{name: row.get(name) for name in ("model", "family", kind, *filled)} for row in rows]
     identity = _identity(series, {row["model"] for row in rows})
     # A click on a name of the legend brings out its lines, in all panels.
     picked = alt.selection_point(name="picked", fields=["model"], bind="legend")
@@ -154,10 +167,12 @@ def draw_lines(
     if faceted:
         columns, height = len(families), min(height, _FACET_HEIGHT)
         width = (WIDTH - _GUTTER) // columns - _SPACING
-    every = [value for panel in panels for value in panel.values(rows)]
+    values: dict[str, list[float]] = {}
+    for panel in panels:
+        values.setdefault(panel.unit or panel.field, []).extend(panel.values(rows))
     charts = []
     for panel in panels:
-        scale, look = _value_axis(panel, every if shared_y else panel.values(rows))
+        scale, look = _value_axis(panel, values[panel.unit or panel.field])
         for family in families:
             # In a grid of families, only the outer panels name the axes and the families.
             has_x, has_y = not faceted or panel is panels[-1], not faceted or family == families[0]
@@ -167,7 +182,7 @@ def draw_lines(
                 "axis": alt.Axis(**look, labels=has_y, ticks=has_y),
             }
             own = [row for row in rows if row["family"] == family]
-            x = _depth_axis(width, named=has_x)
+            x = depth_axis(panel.place, width, named=has_x)
             chart = _draw_panel(panel, own, kind, picked=picked, x=x, y=y, identity=identity)
             if faceted and panel is panels[0]:
                 chart += _header(family)
@@ -187,7 +202,7 @@ def _draw_panel(
     y: dict[str, Any],
     identity: dict[str, Any],
 ) -> alt.LayerChart:
-    """Draw bands, baseline and rule below, the lines above them; ``y`` is what all encodings of the axis share."""
+    """Draw bands, baseline, floor and rule, and the lines above them; all encodings of the y axis share ``y``."""
     import altair as alt
 
     def faded(full: float) -> Any:
@@ -207,6 +222,10 @@ def _draw_panel(
         )  # a run's own dashes or not
         layers.append(dashed.encode(y=alt.Y(f"{panel.baseline}:Q", **y), opacity=faded(0.9)))
         shown.append((panel.baseline, panel.baseline.replace("_", " ")))
+    if panel.floor in rows[0]:
+        thin = base.mark_line(strokeWidth=0.8, clip=True)
+        layers.append(thin.encode(y=alt.Y(f"{panel.floor}:Q", **y), opacity=faded(0.9)))
+        shown.append((panel.floor, "floor"))
     if panel.rule is not None:
         rule = alt.Chart(alt.InlineData(values=[{}])).mark_rule(color=_GREY)
         layers.append(rule.encode(y=alt.datum(panel.rule)))
@@ -216,7 +235,7 @@ def _draw_panel(
     tooltip = [
         alt.Tooltip("model:N"),
         alt.Tooltip(f"{kind}:Q"),
-        alt.Tooltip("depth:Q", title="relative depth", format=".3f"),
+        alt.Tooltip(f"{panel.place}:Q", title="relative depth", format=".3f"),
         *(alt.Tooltip(f"{field}:Q", title=title) for field, title in shown),
     ]
     line = base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=30))
@@ -264,14 +283,14 @@ def value_scale(*, zero: bool = True, domain: tuple[float, float] | None = None)
     return alt.Scale(domain=list(domain), zero=zero, nice=N_TICKS)
 
 
-def _depth_axis(width: int, *, named: bool) -> alt.X:
+def depth_axis(place: str, width: int, *, named: bool = True) -> alt.X:
     """Return the x axis of relative depth, of a panel so many pixels wide."""
     import altair as alt
 
     ticks = [0, 0.2, 0.4, 0.6, 0.8, 1] if width > _NARROW else [0, 0.5, 1]
     axis = alt.Axis(values=ticks, format=".1f", labelFlush=False, labels=named, ticks=named)
     title = "relative depth" if named else None
-    return alt.X("depth:Q", title=title, scale=alt.Scale(domain=[0, 1]), axis=axis)
+    return alt.X(f"{place}:Q", title=title, scale=alt.Scale(domain=[0, 1]), axis=axis)
 
 
 def _identity(series: Sequence[Series], models: Collection[str]) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from ..catalog.errors import LayerLakeError, RunNotFound
 from ..catalog.findings import FindingKey, StoredTable, newest_findings, read_finding
 from ..catalog.lake import Lake
 from ..catalog.run import Run
-from .captions import FIGURES, TITLES, Figure, count_text, remarks
+from .captions import FIGURES, TITLES
 from .commands import changed_options, command, sql_literal
 from .demands import DEMANDS
+from .figure import Figure, Numbers, count_text, remarks
 from .provenance import describe_run, params_text
 from .series import Axis, Series, series_colors
 from .statistic import lacking_sites
@@ -216,7 +217,7 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """A figure with its chart."""
+    """A figure with its chart and its numbers."""
 
     number: int
     figure: Figure
@@ -225,7 +226,8 @@ class _Drawn:
     """How much of each run went into it."""
     remarks: list[str]
     """Why values are missing."""
-    spec: dict[str, Any]
+    spec: dict[str, Any] | None
+    numbers: Numbers | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +269,9 @@ def _section(source: _Source, analysis: str) -> _Section:
 
     current = (analysis, ANALYSES[analysis].version)
     tables = [table for table in source.stored if (table.key.analysis, table.key.version) == current]
+    analysed = {table.key.run for table in tables}
+    unsuited = _unsuited_runs(source, analysis, analysed)
+    tables = [table for table in tables if table.key.run not in unsuited]
     place = {item.run: i for i, item in enumerate(source.series)}
     # Parameters nearest to the defaults first; within a group, runs in the order of their colours.
     tables.sort(key=lambda table: (len(changed_options(table.key)), place[table.key.run]))
@@ -283,19 +288,18 @@ def _section(source: _Source, analysis: str) -> _Section:
         _group(source, group, {name: group[0].key.params.get(name) for name in sorted(varied)})
         for group in groups.values()
     ]
-    unsuited = _unsuited_runs(source, analysis, {table.key.run for table in tables})
     notes = list(_notes(source, analysis, tables, unsuited))
     left_out = f"Left out, with {DEMANDS[analysis].lack}: {'; '.join(unsuited.values())}." if unsuited else ""
     return _Section(analysis, *TITLES[analysis], drawn, left_out, notes)
 
 
 def _unsuited_runs(source: _Source, analysis: str, analysed: Collection[str]) -> dict[str, str]:
-    """Return the labels of the runs whose text cannot answer an analysis, by their ids."""
+    """Return the labels of the runs that a section leaves out, by their ids."""
     demand = DEMANDS.get(analysis)
     return {
         run.run_id: item.label
         for run, item in zip(source.runs, source.series, strict=True)
-        if demand is not None and run.run_id not in analysed and not demand.is_met(run)
+        if demand is not None and (demand.is_strict or run.run_id not in analysed) and not demand.is_met(run)
     }
 
 
@@ -317,7 +321,7 @@ def _notes(
             text = f"{item.label} has not been analysed for this. To compute it:"
             yield _Note(text, command("analyze", source.lake.url, analysis, runs=[run.run_id]))
         for key in keys.values():
-            if _is_outgrown(key, run):
+            if _is_outgrown(source, key, run):
                 text = f"{item.label} has grown since this was computed. To bring it up to date:"
                 options = changed_options(key)
                 yield _Note(text, command("analyze", source.lake.url, analysis, *options, runs=[run.run_id]))
@@ -333,20 +337,10 @@ def _group(source: _Source, stored: Sequence[StoredTable], varied: Mapping[str, 
         parts = [finding.table for finding in found if finding is not None and finding.table.num_rows]
         if parts:
             tables[view] = pa.concat_tables(parts, promote_options="default")
-    drawn = [
-        _Drawn(
-            next(source.numbers),
-            figure,
-            figure.say_computed(key.params),
-            count_text(tables[figure.view], source.series),
-            remarks(tables[figure.view], source.series),
-            _spec(source, figure, tables[figure.view]),
-        )
-        for figure in figures
-        if figure.view in tables
-    ]
-    shown = source.named(item.run for item in source.series)
-    where = [f"run IN ({', '.join(map(sql_literal, shown))})"] if shown else []
+    shown = [(figure, figure.select(tables[figure.view])) for figure in figures if figure.view in tables]
+    drawn = [_draw(source, figure, key.params, table) for figure, table in shown if table.num_rows]
+    named = source.named(item.run for item in source.series)
+    where = [f"run IN ({', '.join(map(sql_literal, named))})"] if named else []
     where += [f"{name} = {sql_literal(value)}" for name, value in varied.items()]
     condition = f" WHERE {' AND '.join(where)}" if where else ""
     commands = [
@@ -362,18 +356,34 @@ def _group(source: _Source, stored: Sequence[StoredTable], varied: Mapping[str, 
     return _Group(params_text(key.params), params_text(varied), drawn, commands)
 
 
-def _spec(source: _Source, figure: Figure, table: pa.Table) -> dict[str, Any]:
-    axis = {"axis": source.axis} if figure.is_by_depth else {}
-    spec: dict[str, Any] = figure.draw(table, source.series, **axis).to_dict(
-        validate=False
-    )  # the tests validate
-    return spec
+def _draw(source: _Source, figure: Figure, params: Mapping[str, Any], table: pa.Table) -> _Drawn:
+    spec = None
+    if figure.draw is not None:
+        axis = {"axis": source.axis} if figure.is_by_depth else {}
+        spec = figure.draw(table, source.series, **axis).to_dict(validate=False)  # the tests validate
+    return _Drawn(
+        next(source.numbers),
+        figure,
+        figure.say_computed(params),
+        count_text(table, source.series),
+        remarks(table, source.series, figure.remarks_from),
+        spec,
+        figure.tabulate(table, source.series) if figure.tabulate else None,
+    )
 
 
-def _is_outgrown(key: FindingKey, run: Run) -> bool:
-    """Whether the run holds more of what the finding was computed from."""
+def _is_outgrown(source: _Source, key: FindingKey, run: Run) -> bool:
+    """Whether the lake holds more of what the finding was computed from: of the run, or of its findings."""
+    from .analyses import ANALYSES
+
     return any(
         site in run.sites and len(run.manifest.sites[site]) > len(extent["partitions"])
         for site, extent in key.extents.items()
         if "partitions" in extent
+    ) or any(
+        table.key.digest not in key.extents[table.view]["findings"]
+        for table in source.stored
+        if table.key.run == key.run
+        and "findings" in key.extents.get(table.view, {})
+        and not (table.key.analysis in ANALYSES and changed_options(table.key))
     )

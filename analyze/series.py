@@ -28,8 +28,8 @@ __all__ = [
 Axis = Literal["depth", "paper"]
 """Where things stand on the axis of relative depth; ``paper`` is as in the paper's figures."""
 
-Kind = Literal["layer", "boundary", "pair"]
-"""What has a place in the depth of a model: a block, the residual stream between two, two neighbouring blocks."""
+Kind = Literal["layer", "boundary"]
+"""What has a place in the depth of a model: a block, or the residual stream between two."""
 
 Row = dict[str, Any]
 """One row of a chart's data: JSON values only."""
@@ -57,35 +57,37 @@ def series_colors(series: Sequence[Series]) -> dict[str, str]:
     return {item.run: PALETTE[i % len(PALETTE)] for i, item in enumerate(series)}
 
 
-def relative_depth(kind: Kind, index: int, n_layers: int, axis: Axis = "depth") -> float:
+def relative_depth(kind: Kind, index: int, n_layers: int, axis: Axis = "depth", *, span: int = 1) -> float:
     """Return where something stands in a model's depth, from 0 to 1.
 
-    ============  ===========  =========
-    kind          ``depth``    ``paper``
-    ============  ===========  =========
-    layer l       (l + 0.5)/L  l/(L - 1)
-    boundary i    i/L          i/L
-    pair l, l+1   (l + 1)/L    l/(L - 1)
-    ============  ===========  =========
+    ====================  ===========  =========
+    kind                  ``depth``    ``paper``
+    ====================  ===========  =========
+    layer l               (l + 0.5)/L  l/(L - 1)
+    s layers, from l on   (l + s/2)/L  l/(L - 1)
+    boundary i            i/L          i/L
+    ====================  ===========  =========
 
     On ``depth`` a block lies between its two boundaries; on ``paper`` the first and the last lie at the ends.
 
     Parameters
     ----------
-    kind : {'layer', 'boundary', 'pair'}
+    kind : {'layer', 'boundary'}
         What it is.
     index : int
-        Which; of a pair, its first layer.
+        Which; of several layers, the first.
     n_layers : int
         L.
     axis : {'depth', 'paper'}
         Where things stand.
+    span : int
+        How many neighbouring layers it is: two that are swapped stand at the boundary between them.
     """
     if kind == "boundary":
         return index / n_layers
     if axis == "paper":
         return index / max(n_layers - 1, 1)
-    return (index + (0.5 if kind == "layer" else 1.0)) / n_layers
+    return (index + span / 2) / n_layers
 
 
 def table_rows(

@@ -119,7 +119,7 @@ def count_requests(
     has_lake: bool,
     has_model: bool,
 ) -> int:
-    """Return the objects that a capture by one writer puts into a store, those of its ledgers and log included.
+    """Return the objects that a capture by one writer puts into a store, those of zones, ledgers and log included.
 
     Reads, listings and deletions are not counted, nor that a large object may go to S3 in several parts.
     """
@@ -140,7 +140,8 @@ def count_requests(
 
 
 def _n_objects(manifest: Manifest, item: PartitionWork) -> int:
-    return sum(SITES[name].n_layers(manifest.shape) if SITES[name].is_array else 1 for name in item.sites)
+    # beside each shard, its zones
+    return sum(2 * SITES[name].n_layers(manifest.shape) if SITES[name].is_array else 1 for name in item.sites)
 
 
 def forward_flops(shape: ModelShape, lengths: Iterable[int]) -> int:

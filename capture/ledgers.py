@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..catalog.layout import frozen_plan_path, run_path, wip_path
+from ..catalog.references import recorded_objects
 from ..catalog.reservation import reserved_by
 from ..catalog.stores import Store
 from .frozen import FrozenPlan, PartitionWork
@@ -84,7 +85,7 @@ def write_ledger(
     store, plan, partition
         Which.
     objects : list of dict
-        A record of each object (``tables.OBJECTS``).
+        A record of each object, as ``writer.write_object`` returns it.
     attempt : int
         Which attempt at the partition it comes from: tells a ledger from the one that it replaces.
     nonfinite : mapping, optional
@@ -132,7 +133,7 @@ def _withdraw(
     ledger = read_ledger(store, plan, partition)
     if ledger is None:  # not written yet; or another writer has committed the capture
         return False
-    run_id, records = plan.manifest.run_id, ledger["objects"]
+    run_id, records = plan.manifest.run_id, recorded_objects(ledger)
     is_there = all(there.get(f"{run_path(run_id)}/{r['name']}") == r["nbytes"] for r in records)
     if is_there and not (read and not all(_is_as_recorded(store, run_id, record) for record in records)):
         return False
@@ -150,7 +151,7 @@ def read_ledger(store: Store, plan: FrozenPlan, partition: int) -> dict[str, Any
     return ledger
 
 
-def _is_as_recorded(store: Store, run_id: str, record: dict[str, Any]) -> bool:
+def _is_as_recorded(store: Store, run_id: str, record: Mapping[str, Any]) -> bool:
     try:
         content = store.read(f"{run_path(run_id)}/{record['name']}")
     except FileNotFoundError:

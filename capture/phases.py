@@ -19,6 +19,7 @@ from ..catalog.errors import CaptureInProgress, CaptureUnfinished
 from ..catalog.layout import frozen_plan_path, part_path, wip_path
 from ..catalog.manifest import Manifest, commit_manifest, read_manifest
 from ..catalog.reservation import (
+    INDEXING,
     release_run,
     remover,
     requested_by,
@@ -28,6 +29,7 @@ from ..catalog.reservation import (
 )
 from ..catalog.stores import Store
 from ..catalog.tables import DOCUMENTS, OBJECTS, TOKENS, read_parts, to_parquet
+from ..catalog.zones import with_zones
 from .frozen import FrozenPlan
 from .ledgers import is_open, pending_work, read_ledger
 from .writer import create_arrays
@@ -167,6 +169,11 @@ def _was_overtaken(run_id: str) -> CaptureInProgress:
 
 def open_elsewhere(store: Store, run_id: str, holder: str | None) -> CaptureInProgress:
     """Return the error that says which other capture of a run is open, or who else holds it."""
+    if holder == INDEXING:
+        return CaptureInProgress(
+            f"Run {run_id} is held by layerlake index, which adds zones to it.",
+            hint=f"Run the command again when that is done; if it was interrupted: layerlake index {store.url}",
+        )
     if command := remover(holder):
         return CaptureInProgress(
             f"Run {run_id} is held by layerlake {command} ({holder}), which removes objects of it.",
@@ -240,9 +247,12 @@ def _commit(store: Store, plan: FrozenPlan) -> Manifest:
     }
     added = ("documents", "tokens", "objects") if plan.adds_documents else ("objects",)
     parts = plan.manifest.parts | {name: (*plan.manifest.parts.get(name, ()), plan.part) for name in added}
+    zones = with_zones(plan.manifest.zones, ((r["site"], r["partition"]) for r in records if "zones" in r))
     if not is_open(store, plan):
         raise _was_overtaken(run_id)
-    manifest = dataclasses.replace(plan.manifest, parts=parts, captures=(*plan.manifest.captures, entry))
+    manifest = dataclasses.replace(
+        plan.manifest, parts=parts, zones=zones, captures=(*plan.manifest.captures, entry)
+    )
     return commit_manifest(store, manifest)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ..catalog.errors import CorruptRun
-from ..catalog.layout import activations_path, array_spec, object_name, run_path
+from ..catalog.layout import activations_path, array_spec, object_name, run_path, zones_name
 from ..catalog.manifest import Manifest
 from ..catalog.sites import SITES
 from ..catalog.stores import Store
@@ -15,6 +17,7 @@ from ..catalog.tables import attn_band_table, to_parquet
 from .metadata import GROUP, array_metadata
 from .partition import PartitionBuffer
 from .shard import crc32_of, encode_shard
+from .zones import shard_zones
 
 __all__ = ["create_arrays", "object_keys", "write_object", "write_partition"]
 
@@ -81,31 +84,53 @@ def object_keys(manifest: Manifest, sites: tuple[str, ...]) -> list[tuple[str, i
 def write_object(
     store: Store, manifest: Manifest, buffer: PartitionBuffer, site: str, layer: int | None
 ) -> dict[str, Any]:
-    """Encode and write one object of a partition, and return its record (``tables.OBJECTS``).
+    """Encode and write one object of a partition, the zones of a shard beside it, and return its record.
 
-    An object's own checksum is CRC-32: the CRC-32C of bytes that carry their CRC-32C is the same for all
-    bytes of that length, so that it would not tell one shard from another.
-
+    The record has the columns of ``tables.OBJECTS``, and under ``zones`` name, length and checksum of these.
     Without a codec the values are not copied. Chunks without a used row are not written.
     """
-    pieces = _shard(manifest, buffer, site, layer) if layer is not None else _table(manifest, buffer, site)
-    name = object_name(SITES[site], layer or 0, buffer.work.index)
+    index = buffer.work.index
+    place = {"site": site, "layer": layer, "partition": index}
+    if layer is None:
+        name = object_name(SITES[site], 0, index)
+        return place | _write(store, manifest, name, _table(manifest, buffer, site))
+    record = _write(
+        store, manifest, object_name(SITES[site], layer, index), _shard(manifest, buffer, site, layer)
+    )
+    zones = to_parquet(_zones(manifest, buffer, site, layer))
+    written = _write(store, manifest, zones_name(SITES[site], layer, index), [memoryview(zones)])
+    return place | record | {"zones": written}
+
+
+def _write(store: Store, manifest: Manifest, name: str, pieces: Sequence[memoryview]) -> dict[str, Any]:
+    """Write an object of a run from its pieces, and return its name, length and checksum.
+
+    The checksum is CRC-32: the CRC-32C of bytes that carry their CRC-32C is the same for all bytes of that length, so
+    that it would not tell one shard from another.
+    """
     store.write(f"{run_path(manifest.run_id)}/{name}", *pieces)
-    return {
-        "name": name, "site": site, "layer": layer, "partition": buffer.work.index, "nbytes": sum(map(len, pieces)),
-        "crc32": f"{crc32_of(pieces):08x}",
-    }  # fmt: skip
+    return {"name": name, "nbytes": sum(map(len, pieces)), "crc32": f"{crc32_of(pieces):08x}"}
 
 
 def _shard(manifest: Manifest, buffer: PartitionBuffer, site: str, layer: int) -> list[memoryview]:
-    used = manifest.partition(buffer.work.index)
     values, is_pair = buffer.values[site, layer], SITES[site].rows == "pair"
     return encode_shard(
         values[:, :, None] if is_pair else values[None],
         chunk_rows=manifest.geometry.chunk_rows[site],
-        n_used=used.n_pairs if is_pair else used.n_rows,
+        n_used=_n_used(manifest, buffer, site),
         codec=manifest.codec,
     )
+
+
+def _zones(manifest: Manifest, buffer: PartitionBuffer, site: str, layer: int) -> pa.Table:
+    values, n_used = buffer.values[site, layer], _n_used(manifest, buffer, site)
+    used = values[:, :n_used] if SITES[site].rows == "pair" else values[:n_used]
+    return shard_zones(manifest, used, site=site, layer=layer, partition=buffer.work.index)
+
+
+def _n_used(manifest: Manifest, buffer: PartitionBuffer, site: str) -> int:
+    used = manifest.partition(buffer.work.index)
+    return used.n_pairs if SITES[site].rows == "pair" else used.n_rows
 
 
 def _table(manifest: Manifest, buffer: PartitionBuffer, site: str) -> list[memoryview]:

@@ -7,7 +7,7 @@ Zarr itself, which gives zeros for a chunk that is missing, is not asked.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 Bytes = npt.NDArray[np.uint8]
+Bits = npt.NDArray[np.unsignedinteger[Any]]
 
 _ABSENT = 2**64 - 1
 
@@ -71,8 +72,17 @@ class ShardCut:
         )  # fmt: skip
 
 
-def verify_shard(content: bytes, cut: ShardCut) -> int:
+def verify_shard(content: bytes, cut: ShardCut, look: Callable[[Bits, int], None] = lambda *_: None) -> int:
     """Decode every chunk of a shard, and return how many used values are not finite.
+
+    Parameters
+    ----------
+    content : bytes
+        The shard.
+    cut : ShardCut
+        What it should be.
+    look : callable, optional
+        Is shown the bits of the used values of each chunk, in order, and how many of them are not finite.
 
     Raises
     ------
@@ -87,7 +97,9 @@ def verify_shard(content: bytes, cut: ShardCut) -> int:
         require(f"bytes of chunk {number}", chunk_nbytes, len(raw))
         bits = np.frombuffer(raw, dtype=bits_dtype)
         n_used = min(cut.chunk_values, cut.n_values - number * cut.chunk_values)
-        n_nonfinite += int(np.count_nonzero((bits[:n_used] & exponent) == exponent))
+        n_here = int(np.count_nonzero((bits[:n_used] & exponent) == exponent))
+        n_nonfinite += n_here
+        look(bits[:n_used], n_here)
         require(f"values of chunk {number} after the last document", 0, int(np.count_nonzero(bits[n_used:])))
     return n_nonfinite
 

@@ -34,8 +34,8 @@ from .stores import Store, Stored
 
 __all__ = ["Collection", "Waste", "collect_lake", "plan_collection"]
 
-_OF_RUNS = ("wip/", "log/.", "objects/", "documents/", "tokens/", "attn_band/", "activations.zarr/")
-"""Where in a run's folder captures write; what else lies there is somebody's own."""
+_OF_RUNS = ("wip/", "log/.", "objects/", "documents/", "tokens/", "attn_band/", "activations.zarr/", "zones/")
+"""Where in a run's folder captures and ``index`` write; what else lies there is somebody's own."""
 
 _PARTIAL = ".partial"
 

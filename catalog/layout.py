@@ -36,6 +36,7 @@ __all__ = [
     "require_format",
     "shard_name",
     "weight_specs",
+    "zones_name",
 ]
 
 N = TypeVar("N", int, "npt.NDArray[np.int64]")
@@ -268,6 +269,17 @@ def object_name(site: Site, layer: int, partition: int) -> str:
     if site.is_array:
         return f"activations.zarr/{shard_name(site, layer, partition)}"
     return f"{site.name}/part-{partition:08d}.parquet"
+
+
+def zones_name(site: Site, layer: int, partition: int) -> str:
+    """Return the name inside the run's folder of the object that holds the zones of one shard.
+
+    Examples
+    --------
+    >>> zones_name(SITES["resid"], 5, 2)
+    'zones/resid/5/part-00000002.parquet'
+    """
+    return f"zones/{site.name}/{layer}/part-{partition:08d}.parquet"
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,8 @@ class Manifest:
     """For each site, the partitions that hold it."""
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """For each table (documents, tokens, objects), its parts, in order."""
+    zones: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """For each site that is an array, the partitions whose zones are there; a run may lack them."""
     captures: tuple[dict[str, Any], ...] = ()
     """Provenance, one entry a capture: time, versions, device, self-check."""
     number: int = 0
@@ -101,6 +103,7 @@ class Manifest:
         """
         with decoding(name):
             require_format(value.get("format_version"), "The run")
+            value = {"zones": {}} | value  # captured before there were any
             missing = [field.name for field in dataclasses.fields(cls) if field.name not in value]
             if missing:
                 raise CorruptRun(f"{name} has no field '{missing[0]}'.")
@@ -110,6 +113,7 @@ class Manifest:
             given["partitions"] = tuple(Partition(**item) for item in value["partitions"])
             given["sites"] = {site: tuple(items) for site, items in value["sites"].items()}
             given["parts"] = {table: tuple(items) for table, items in value["parts"].items()}
+            given["zones"] = {site: tuple(items) for site, items in value["zones"].items()}
             given["captures"] = tuple(dict(entry) for entry in value["captures"])
             return cls(**given)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from .layout import activations_path, log_path, object_name, part_path, run_path
+from .layout import activations_path, log_path, object_name, part_path, run_path, zones_name
 from .manifest import Manifest
 from .reservation import remover
 from .sites import SITES
 
-__all__ = ["find_lost_snapshots", "named_objects", "object_keys"]
+__all__ = ["find_lost_snapshots", "named_objects", "object_keys", "recorded_objects", "zone_keys"]
 
 Key = tuple[str, int | None, int]
 """(site, layer, partition) of an object; layer None where all layers are in one."""
@@ -27,6 +28,22 @@ def object_keys(manifest: Manifest) -> dict[Key, str]:
     return keys
 
 
+def zone_keys(manifest: Manifest) -> dict[Key, str]:
+    """Return the objects that hold a snapshot's zones, by the key of the object that they are the zones of."""
+    return {
+        (name, layer, partition): zones_name(SITES[name], layer, partition)
+        for name, partitions in manifest.zones.items()
+        for layer in range(SITES[name].n_layers(manifest.shape))
+        for partition in partitions
+    }
+
+
+def recorded_objects(ledger: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return name, length and checksum of every object that a ledger says is written: shards, tables and zones."""
+    records = list(ledger.get("objects", ()))
+    return records + [record["zones"] for record in records if "zones" in record]
+
+
 def named_objects(manifest: Manifest) -> set[str]:
     """Return the name of every object in the lake that a snapshot of a run names, itself included."""
     run_id = manifest.run_id
@@ -36,7 +53,7 @@ def named_objects(manifest: Manifest) -> set[str]:
         *(part_path(run_id, table, part) for table, parts in manifest.parts.items() for part in parts),
         f"{arrays}/zarr.json",
         *(f"{arrays}/{site}/zarr.json" for site in manifest.sites if SITES[site].is_array),
-        *(f"{folder}/{name}" for name in object_keys(manifest).values()),
+        *(f"{folder}/{name}" for keys in (object_keys, zone_keys) for name in keys(manifest).values()),
     }
 
 

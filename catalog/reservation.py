@@ -16,6 +16,7 @@ from .stores import Store
 
 __all__ = [
     "COLLECTING",
+    "INDEXING",
     "REMOVING",
     "UNREADABLE",
     "new_remover",
@@ -33,6 +34,9 @@ REMOVING = "rm"
 
 COLLECTING = "gc"
 """The command that holds a run while what no snapshot of it names is removed."""
+
+INDEXING = "index"
+"""Holds a run while its zones are written: whoever comes for that too goes on with it."""
 
 UNREADABLE = "unreadable"
 """Holds a run whose reservation is damaged: somebody does, and nobody can tell who."""

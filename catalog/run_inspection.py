@@ -13,12 +13,21 @@ import numpy as np
 from .accounting import DocumentPart, read_document_part, verify_attn_band, verify_token_part
 from .arrays import ShardCut, verify_array_metadata, verify_group_metadata, verify_shard
 from .inspection import Inspection, open_sealed_parquet, read_sealed_json
-from .layout import activations_path, frozen_plan_path, log_path, part_path, run_path, wip_path
+from .layout import (
+    activations_path,
+    frozen_plan_path,
+    log_path,
+    part_path,
+    run_path,
+    wip_path,
+    zones_name,
+)
 from .manifest import Manifest
 from .problem import Deviation, require
-from .references import Key, find_lost_snapshots, named_objects, object_keys
-from .reservation import COLLECTING, REMOVING, remover, reservation_path
+from .references import Key, find_lost_snapshots, named_objects, object_keys, recorded_objects
+from .reservation import COLLECTING, INDEXING, REMOVING, remover, reservation_path
 from .sites import SITES, Site
+from .zone_check import ZoneCheck
 
 __all__ = ["Inspected", "inspect_run"]
 
@@ -132,6 +141,9 @@ def _read_snapshot(content: bytes, run_id: str, number: int, before: Manifest | 
     require("sites that are unknown", [], [name for name in manifest.sites if name not in SITES])
     for name, held in manifest.sites.items():
         require(f"partitions of {name} that the run does not have", [], sorted(set(held) - set(indices)))
+    for name, indexed in manifest.zones.items():
+        unheld = sorted(set(indexed) - set(manifest.sites.get(name, ())))
+        require(f"partitions of {name} that have zones and no values", [], unheld)
     require("parts of documents", manifest.parts.get("tokens"), manifest.parts.get("documents"))
     n_rows, n_documents = (
         sum(getattr(p, field) for p in manifest.partitions) for field in ("n_rows", "n_documents")
@@ -160,9 +172,10 @@ def _inspect_work(
             plan = value if name == frozen_plan_path(run_id, str(holder)) else plan
             if value is not None and name.startswith(f"{wip_path(run_id, str(holder))}/ledgers/"):
                 _inspect_ledger(inspection, run_id, name, value)
-    if remover(holder) == COLLECTING:
+    if holder == INDEXING or remover(holder) == COLLECTING:
+        command = remover(holder) or INDEXING
         inspection.notes.append(
-            f"Run {run_id} is held by layerlake gc; if that was interrupted, run it again."
+            f"Run {run_id} is held by layerlake {command}; if that was interrupted, run it again."
         )
     elif holder is not None:
         ledgers = sum(name.startswith(f"{wip_path(run_id, holder)}/ledgers/") for name in present)
@@ -181,7 +194,7 @@ def _inspect_ledger(inspection: Inspection, run_id: str, name: str, ledger: dict
     objects = Inspection(inspection.store)
     objects.examine_all(
         (f"{run_path(run_id)}/{record['name']}", partial(_require_recorded, record=record))
-        for record in ledger.get("objects", ())
+        for record in recorded_objects(ledger)
     )
     folder, _, file = name.rpartition("/ledgers/")
     attempt = file.replace(".json", "-")
@@ -280,7 +293,7 @@ def _inspect_values(
 ) -> None:
     """Read every object of every site; count the values that are not finite against those that captures counted."""
     keys = object_keys(manifest)
-    verify = partial(_verify_object, manifest=manifest, parts=parts)
+    verify = partial(_verify_object, inspection, manifest=manifest, parts=parts)
     found = inspection.examine_all(
         (f"{run_path(manifest.run_id)}/{name}", partial(verify, key=key, record=(records or {}).get(key)))
         for key, name in keys.items()
@@ -298,14 +311,31 @@ def _inspect_values(
 
 
 def _verify_object(
-    content: bytes, key: Key, manifest: Manifest, record: Record | None, parts: list[DocumentPart | None]
+    inspection: Inspection,
+    content: bytes,
+    *,
+    key: Key,
+    manifest: Manifest,
+    record: Record | None,
+    parts: list[DocumentPart | None],
 ) -> int:
-    """Hold an object against its record, then decode it; return how many of its values are not finite."""
+    """Hold an object against its record, then decode it, and hold its zones against its values.
+
+    Returns how many of these are not finite.
+    """
     if record is not None:
         _require_recorded(content, record)
-    site, _, partition = key
-    if SITES[site].is_array:
-        return verify_shard(content, ShardCut.of(SITES[site], manifest, partition))
+    name, layer, partition = key
+    site = SITES[name]
+    if layer is not None:
+        cut = ShardCut.of(site, manifest, partition)
+        if partition not in manifest.zones.get(name, ()):
+            return verify_shard(content, cut)
+        check = ZoneCheck(site, layer, partition, manifest)
+        n_nonfinite = verify_shard(content, cut, check.look)
+        zones = f"{run_path(manifest.run_id)}/{zones_name(site, layer, partition)}"
+        inspection.examine(zones, check.verify)
+        return n_nonfinite
     documents = next((part for part in parts if part and partition in part.partitions), None)
     if documents is None:  # its part of the table is damaged: there is nothing to hold this against
         open_sealed_parquet(content)

@@ -6,20 +6,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .connection import connect, query
+    from .connection import Session, connect, query
+    from .explanation import Explanation, explain
     from .format import FORMATS, format_result, write_result
+    from .prompt import answer, read_and_answer, statements
     from .reads import Read, ReadLog
 
-__all__ = ["FORMATS", "Read", "ReadLog", "connect", "format_result", "query", "write_result"]
+__all__ = [
+    "FORMATS",
+    "Explanation",
+    "Read",
+    "ReadLog",
+    "Session",
+    "answer",
+    "connect",
+    "explain",
+    "format_result",
+    "query",
+    "read_and_answer",
+    "statements",
+    "write_result",
+]
 
 # Looked up when first used: `import layerlake.sql` does not import duckdb.
 _HOMES = {
     "FORMATS": "format",
+    "Explanation": "explanation",
     "Read": "reads",
     "ReadLog": "reads",
+    "Session": "connection",
+    "answer": "prompt",
     "connect": "connection",
+    "explain": "explanation",
     "format_result": "format",
     "query": "connection",
+    "read_and_answer": "prompt",
+    "statements": "prompt",
     "write_result": "format",
 }
 

@@ -11,7 +11,7 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 from pyarrow import acero
 
-__all__ = ["LazyDataset", "Scan", "filtered", "possible", "table_scan"]
+__all__ = ["LazyDataset", "Scan", "filtered", "mentions", "possible", "table_scan"]
 
 Scan = Callable[[Sequence[str], pc.Expression | None], Iterator[pa.RecordBatch]]
 """What a table does when it is read: ``(columns, where) -> batches``.
@@ -121,3 +121,13 @@ def possible(
     ]
     dataset = pads.FileSystemDataset(parts, schema, form, files)
     return sorted(int(part.path) for part in dataset.get_fragments(filter=where))
+
+
+def mentions(where: pc.Expression, column: str, schema: pa.Schema) -> bool:
+    """Tell whether a filter names a column: without the column, it cannot be applied."""
+    others = pa.schema([field for field in schema if field.name != column])
+    try:
+        filtered(others.empty_table(), where)
+    except pa.ArrowInvalid:
+        return True
+    return False

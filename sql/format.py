@@ -1,4 +1,4 @@
-"""Results as text: a box for people, CSV and JSON for programs."""
+"""Results as text or Parquet: a box or Markdown for people, the others for programs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..catalog.errors import QueryError, did_you_mean
-from .connection import quoted
+from .syntax import quoted
 from .translation import translated
 
 if TYPE_CHECKING:
@@ -22,32 +23,37 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "format_result", "write_result"]
 
-FORMATS = ("table", "csv", "json")
-"""The kinds of text that a result can be."""
+FORMATS = ("table", "csv", "json", "parquet", "markdown")
+"""How a result can be written; all but Parquet are text."""
 
 _BATCH_ROWS = 4096
 
-_PLAIN_TYPES = {
-    "boolean", "tinyint", "smallint", "integer", "bigint", "hugeint", "utinyint", "usmallint", "uinteger", "ubigint",
-    "uhugeint", "float", "double", "decimal", "varchar", "list", "array", "struct", "null",
+_NUMBERS = {
+    "tinyint", "smallint", "integer", "bigint", "hugeint", "utinyint", "usmallint", "uinteger", "ubigint", "uhugeint",
+    "float", "double", "decimal",
 }  # fmt: skip
+_PLAIN_TYPES = {*_NUMBERS, "boolean", "varchar", "list", "array", "struct", "null"}
 """DuckDB's types that CSV and JSON can say; values of the others are written as DuckDB's own text."""
 
 
 def format_result(relation: duckdb.DuckDBPyRelation, kind: str = "table", *, max_rows: int = 50) -> str:
     """Return a result as text; see :func:`write_result`, which does not hold all of it."""
+    if kind == "parquet":
+        raise QueryError(
+            "Parquet is not text.", hint="Write it to a file: write_result(relation, 'parquet', file)."
+        )
     stream = io.StringIO()
     write_result(relation, kind, stream, max_rows=max_rows)
     return stream.getvalue()
 
 
 def write_result(
-    relation: duckdb.DuckDBPyRelation, kind: str, stream: IO[str], *, max_rows: int = 50
+    relation: duckdb.DuckDBPyRelation, kind: str, stream: IO[Any], *, max_rows: int = 50
 ) -> None:
-    """Run a query and write its rows as text, ending in a newline.
+    """Run a query and write its rows: as text, ending in a newline, or as a Parquet file.
 
-    ``csv`` and ``json`` write all rows, as they come. Numbers are the shortest that read back as the same
-    value in their own precision, vectors are lists (JSON lists inside a CSV field).
+    All but ``table`` write all rows, as they come. In text, numbers are the shortest that read back as the same
+    value in their own precision, vectors are lists (JSON lists inside a CSV or Markdown field).
 
     Parameters
     ----------
@@ -56,8 +62,9 @@ def write_result(
     kind : str
         ``table``: a box with the first rows, and a line that says how many there are. ``csv``: a header and
         a line for each row; NULL is an empty field. ``json``: one array of objects; NaN and the infinities,
-        which JSON lacks, are null.
-    stream : text file
+        which JSON lacks, are null. ``parquet``: DuckDB's own types. ``markdown``: a table; NULL is an empty
+        field, and a newline is a backslash and an n.
+    stream : text file, or binary file for Parquet
         Where to.
     max_rows : int
         The rows of a box.
@@ -65,7 +72,7 @@ def write_result(
     Raises
     ------
     QueryError
-        There is no such kind, or the query fails as it runs.
+        There is no such kind, Parquet has no such type, or the query fails as it runs.
     """
     if kind not in FORMATS:
         raise QueryError(
@@ -77,6 +84,10 @@ def write_result(
             _write_csv(relation, stream)
         elif kind == "json":
             _write_json(relation, stream)
+        elif kind == "parquet":
+            _write_parquet(relation, stream)
+        elif kind == "markdown":
+            _write_markdown(relation, stream)
         else:
             stream.write(_box(relation, max_rows).rstrip() + "\n")
 
@@ -91,10 +102,7 @@ def _write_csv(relation: duckdb.DuckDBPyRelation, stream: IO[str]) -> None:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(relation.columns)
     for row in _rows(relation):
-        writer.writerow(
-            json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else value
-            for value in row
-        )
+        writer.writerow(map(_field, row))
 
 
 def _write_json(relation: duckdb.DuckDBPyRelation, stream: IO[str]) -> None:
@@ -104,6 +112,36 @@ def _write_json(relation: duckdb.DuckDBPyRelation, stream: IO[str]) -> None:
         stream.write(f"{between}\n{json.dumps(item, ensure_ascii=False, allow_nan=False)}")
         between = ","
     stream.write("[]\n" if between == "[" else "\n]\n")
+
+
+def _write_parquet(relation: duckdb.DuckDBPyRelation, stream: IO[bytes]) -> None:
+    reader = relation.to_arrow_reader(_BATCH_ROWS)
+    try:
+        with pq.ParquetWriter(stream, reader.schema, compression="zstd") as writer:
+            for batch in reader:
+                writer.write_batch(batch)
+    except pa.ArrowNotImplementedError as error:
+        raise QueryError(
+            f"Parquet cannot hold this: {error}", hint="Cast the column: column::VARCHAR."
+        ) from error
+
+
+def _write_markdown(relation: duckdb.DuckDBPyRelation, stream: IO[str]) -> None:
+    are_numbers = [kind.id in _NUMBERS for kind in relation.types]
+    _write_line(stream, relation.columns)
+    _write_line(stream, ["---:" if is_number else "---" for is_number in are_numbers])
+    for row in _rows(relation):
+        _write_line(stream, ["" if value is None else str(_field(value)) for value in row])
+
+
+def _write_line(stream: IO[str], fields: Sequence[str]) -> None:
+    escaped = (text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "\\n") for text in fields)
+    stream.write(f"| {' | '.join(escaped)} |\n")
+
+
+def _field(value: Any) -> Any:
+    """Return a plain value as a field of a line: what is no number or text is JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else value
 
 
 def _rows(relation: duckdb.DuckDBPyRelation) -> Iterator[list[Any]]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from typing import Any
-
 import duckdb
 
 from ..catalog.errors import QueryError
+from .syntax import Node, parse, walk
 
 __all__ = ["require_read"]
 
@@ -16,12 +13,13 @@ _READS = "SQL only reads a lake: SELECT, EXPLAIN, DESCRIBE, SHOW and SUMMARIZE."
 _READING_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
 
 
-def require_read(connection: duckdb.DuckDBPyConnection, text: str) -> None:
-    """Raise unless a text is one statement that reads. Parses it; runs and binds nothing of it.
+def require_read(connection: duckdb.DuckDBPyConnection, text: str) -> Node:
+    """Raise unless a text is one statement that reads, and return its tree. Runs and binds nothing of it.
 
     DESCRIBE, SHOW, SUMMARIZE, FROM, VALUES and TABLE are SELECTs to the parser. A SELECT may still write in
     a common table expression (``WITH x AS (INSERT …)``), and an EXPLAIN may hold anything (EXPLAIN ANALYZE
-    runs it), so both are looked into. This is the door; behind it, the connection has no way to a file.
+    runs it), so both are looked into; what is returned of an EXPLAIN is the tree of what it explains. This is
+    the door; behind it, the connection has no way to a file.
 
     Raises
     ------
@@ -36,42 +34,20 @@ def require_read(connection: duckdb.DuckDBPyConnection, text: str) -> None:
         raise QueryError(f"The query holds {what}; exactly one is answered.", hint=_READS)
     kind = statements[0].type
     if kind == duckdb.StatementType.EXPLAIN:
-        require_read(connection, _explained(connection, statements[0].query))
-    elif kind == duckdb.StatementType.MULTI:
+        return require_read(connection, _explained(connection, statements[0].query))
+    if kind == duckdb.StatementType.MULTI:
         raise QueryError(
             "PIVOT without its values is several statements, one of which creates a type.",
             hint="Name the values: PIVOT … ON column IN (…) USING …",
         )
-    elif kind != duckdb.StatementType.SELECT:
+    if kind != duckdb.StatementType.SELECT:
         raise QueryError(f"{_verb(statements[0].query, kind)} is not a read.", hint=_READS)
-    else:
-        _require_reading_nodes(connection, statements[0].query)
-
-
-def _require_reading_nodes(connection: duckdb.DuckDBPyConnection, text: str) -> None:
-    """Raise if a SELECT holds, at any depth, a node that writes."""
-    ((serialised,),) = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [text]).fetchall()
-    tree = json.loads(serialised)
-    if tree["error"]:
-        raise QueryError(
-            f"The query cannot be checked: {tree.get('error_message', 'no syntax tree')}", hint=_READS
-        )
-    for kind in _node_types(tree["statements"]):
-        if kind.endswith("_NODE") and kind not in _READING_NODES:
-            raise QueryError(f"{kind.partition('_')[0]} inside a SELECT is not a read.", hint=_READS)
-
-
-def _node_types(tree: Any) -> Iterator[str]:
-    """Yield the ``type`` of every node of a serialised syntax tree."""
-    pending = [tree]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, dict):
-            if isinstance(node.get("type"), str):
-                yield node["type"]
-            pending.extend(node.values())
-        elif isinstance(node, list):
-            pending.extend(node)
+    tree = parse(connection, text)
+    for node in walk(tree):
+        type_ = str(node.get("type"))
+        if type_.endswith("_NODE") and type_ not in _READING_NODES:
+            raise QueryError(f"{type_.partition('_')[0]} inside a SELECT is not a read.", hint=_READS)
+    return tree
 
 
 def _explained(connection: duckdb.DuckDBPyConnection, text: str) -> str:

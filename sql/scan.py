@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 from ..catalog.manifest import Partition
 from ..catalog.run import Run, decode
 from ..catalog.sites import SITES
-from .dataset import filtered, possible
+from .dataset import filtered, mentions, possible
+from .keys import Keys
 from .labels import PAIR_LABELS, TOKEN_LABELS, Labels
 from .reads import Read, ReadLog
 
@@ -101,22 +102,33 @@ class SiteScan:
         vector = pa.list_(pa.float32(), self.site.width(self.run.shape))
         return pa.schema([*places, *TOKEN_LABELS.items(), ("chunk", pa.int32()), ("vec", vector)])
 
-    def batches(self, columns: Sequence[str], where: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """The columns that count from 0 wherever the others are equal: layer and head, query and key."""
+        return (*self._axes, "query", "key") if self.is_pairs else self._axes
+
+    def batches(
+        self, columns: Sequence[str], where: pc.Expression | None, keys: Keys | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """Yield the rows that pass the filter, partition by partition, layer by layer (see :data:`Scan`).
 
-        Reads the token table once; of the arrays, the chunks that hold the rows, if ``columns`` or the
-        filter names the values. Memory: one layer of one partition, in float32.
+        Rows that are not among the ``keys`` are left out. Reads the token table once; of the arrays, the chunks
+        that hold the rows, if ``columns`` or the filter names the values. Memory: one layer of one partition, in
+        float32.
         """
         payload = self.schema.field(len(self.schema) - 1)
         # A filter on the values themselves can only be applied after they are read.
-        is_late = where is not None and _mentions(where, payload.name, self.schema)
+        is_late = where is not None and mentions(where, payload.name, self.schema)
         needs_values = is_late or payload.name in columns
         names = tuple(columns) if where is None else tuple(self.schema.names)
-        places = self._possible_places(where)
-        for partition in self._possible_partitions(where):
+        bounds = where if keys is None else keys.guard if where is None else where & keys.guard
+        places = self._possible_places(bounds)
+        for partition in self._possible_partitions(bounds):
             labels = self._labels(partition, names)
             for place in places:
                 rows = self._with_place(labels, place)
+                if keys is not None:
+                    rows = keys.pick(rows)
                 if where is not None and not is_late:
                     rows = filtered(rows, where)
                 if not rows.num_rows:
@@ -228,13 +240,3 @@ def _column(values: npt.NDArray[np.float32], kind: pa.DataType) -> pa.Array:
     """Return values as an Arrow column, without a copy: ``[row, width]`` as lists of fixed size."""
     flat = pa.array(values.reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, type=kind) if values.ndim == 2 else flat
-
-
-def _mentions(where: pc.Expression, column: str, schema: pa.Schema) -> bool:
-    """Tell whether a filter names a column: without the column, it cannot be applied."""
-    others = pa.schema([field for field in schema if field.name != column])
-    try:
-        filtered(others.empty_table(), where)
-    except pa.ArrowInvalid:
-        return True
-    return False

@@ -11,14 +11,21 @@ import duckdb
 from ..catalog.errors import CorruptRun, QueryError, StoreError
 from ..catalog.lake import Lake
 from ..catalog.sites import SITES
+from .functions import RUN_FUNCTIONS
 from .relations import RUN_RELATIONS
 from .scan import SITE_RELATIONS
 from .views import ANALYSIS_OF_VIEW
 
 __all__ = ["translated"]
 
-_MISSING = re.compile(r'Table with name "?(?:.*\.)?([^".]+)"? does not exist')
+_MISSING = re.compile(r'(Table|Function) with name "?(?:.*\.)?([^".]+)"? does not exist')
+_WIDTHS = re.compile(r"array of size \d+ to array of size \d+|must be of the same size")
+
+_SHOWN = 20
+"""The runs that a hint names."""
+
 _TRACEBACK = re.compile(r"\s*Detail: Python exception: Traceback.*", re.DOTALL)
+_CALLED = re.compile(r"Python exception occurred while executing the UDF: \w+: ")
 _READING = {
     re.compile(rf"^{kind.__module__}.{kind.__name__}: (.*)$", re.MULTILINE): kind
     for kind in (CorruptRun, StoreError)
@@ -28,7 +35,9 @@ _READING = {
 
 @contextmanager
 def translated(
-    connection: duckdb.DuckDBPyConnection | None = None, lake: Lake | None = None
+    connection: duckdb.DuckDBPyConnection | None = None,
+    lake: Lake | None = None,
+    run: str | None = None,
 ) -> Iterator[None]:
     """Raise DuckDB's errors as QueryError: its message, and a hint at what the lake has.
 
@@ -40,6 +49,8 @@ def translated(
         Where the query ran. Without it there is no hint.
     lake : Lake, optional
         What it was about.
+    run : str, optional
+        The run whose relations need no schema.
     """
     try:
         yield
@@ -48,36 +59,38 @@ def translated(
             if raised := pattern.search(str(error)):
                 mend = f"See what is damaged: layerlake verify {lake.url if lake else 'LAKE'}"
                 raise kind(raised[1].strip(), hint=mend if kind is CorruptRun else "") from error
-        message, hint = _TRACEBACK.sub("", str(error)), ""
+        message, hint = _CALLED.sub("", _TRACEBACK.sub("", str(error))), ""
         if isinstance(error, duckdb.PermissionException):
             hint = "SQL sees the lake and nothing else; files are out of reach."
+        elif _WIDTHS.search(message):
+            hint = "Vectors of different widths do not go together: see DESCRIBE of each relation, or width in sites."
         elif connection is not None and lake is not None and (missing := _MISSING.search(message)):
-            hint = _missing_hint(missing[1], connection, lake)
+            is_ours = missing[1] == "Table" or missing[2] in RUN_FUNCTIONS
+            hint = _missing_hint(missing[2], connection, lake, run) if is_ours else ""
         raise QueryError(message, hint=hint) from error
 
 
-def _missing_hint(name: str, connection: duckdb.DuckDBPyConnection, lake: Lake) -> str:
+def _missing_hint(name: str, connection: duckdb.DuckDBPyConnection, lake: Lake, run: str | None) -> str:
     """Say what brings a relation that is not there, or what there is instead."""
     rows = connection.execute(
         "SELECT schema_name, view_name FROM duckdb_views() WHERE NOT internal"
     ).fetchall()
-    ((path,),) = connection.execute("SELECT current_schemas(false)").fetchall()
-    held: dict[str, list[str]] = {}
-    for schema, view in rows:
-        held.setdefault(schema, []).append(view)
-    main = held.pop("main")
-    run = next((run for run in held if run in path), None)
-    if not held:
+    main, of_run = ({view for schema, view in rows if schema == wanted} for wanted in ("main", run))
+    runs = lake.run_ids
+    if not runs:
         return f"The lake has no runs. Capture one: layerlake capture {lake.url} …"
+    known = ", ".join(runs[:_SHOWN]) + (f", … ({len(runs)})" if len(runs) > _SHOWN else "")
     if name in ANALYSIS_OF_VIEW and name not in main:
         return f"No run has been analysed for it: layerlake analyze {lake.url} {ANALYSIS_OF_VIEW[name]}"
-    if name in RUN_RELATIONS and run is None:
-        first = next(iter(held)).replace('"', '""')
-        return f'Say of which run: --run ID, or FROM "{first}".{name}. Runs are: {", ".join(held)}.'
-    if name in {*SITE_RELATIONS, *SITES} and run is not None and name not in held[run]:
+    if name in {*RUN_RELATIONS, *RUN_FUNCTIONS} and run is None:
+        first = runs[0].replace('"', '""')
+        return f'Say of which run: --run ID, or "{first}".{name}. Runs are: {known}.'
+    if name == "zones" and run is not None and name not in of_run:
+        return f"Not all chunks of run {run} have zones. Add them: layerlake index {lake.url} --run {run}"
+    if name in {*SITE_RELATIONS, *SITES} and run is not None and name not in of_run:
         return _site_hint(name, run, lake)
-    relations = sorted({*main, *(view for schema in ([run] if run else held) for view in held[schema])})
-    return f"Relations are: {', '.join(relations)}. Runs are: {', '.join(held)}."
+    relations = sorted(main | (of_run or set(RUN_RELATIONS)))
+    return f"Relations are: {', '.join(relations)}. Runs are: {known}."
 
 
 def _site_hint(name: str, run_id: str, lake: Lake) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
+from functools import cache
+from typing import Any
 
 import pyarrow as pa
 
@@ -16,8 +18,9 @@ from ..catalog.shapes import ModelShape
 from ..catalog.sites import SITES
 from ..catalog.tables import read_parts
 from .dataset import LazyDataset, table_scan
+from .directions import DIRECTIONS, read_directions
 
-__all__ = ["ANALYSIS_OF_VIEW", "main_relations"]
+__all__ = ["ANALYSIS_OF_VIEW", "finding_views", "main_relations"]
 
 ANALYSIS_OF_VIEW = {
     "lens": "lens",
@@ -33,13 +36,13 @@ ANALYSIS_OF_VIEW = {
     "ing": "ing",
     "ing_neurons": "ing",
     "ing_histograms": "ing",
+    "norms": "norms",
+    "norm_tokens": "norms",
     "intervention_summary": "intervention_summary",
     "swap_cosines": "swap_cosines",
     "benchmarks": "benchmarks",
     "stages": "stages",
     "stage_curves": "stages",
-    "norms": "norms",
-    "norm_tokens": "norms",
 }
 """Which analysis to run for a view that is not there yet."""
 
@@ -107,31 +110,52 @@ _FINDINGS = pa.schema(
 )
 
 
-def main_relations(lake: Lake, runs: Sequence[Run]) -> dict[str, LazyDataset | pa.Table]:
-    """Return the relations of the main schema by name.
+def main_relations(lake: Lake, runs: Callable[[], Sequence[Run]]) -> dict[str, LazyDataset]:
+    """Return what the main schema always has, by name: runs, models, sites, findings, directions.
 
-    Reads the models' cards and the footers of all findings; the rows of a finding when a query scans it.
+    Each is read when it is first scanned, once: every run's manifest, the models' cards, the footers of all findings.
 
     Parameters
     ----------
     lake : Lake
         The lake.
-    runs : sequence of Run
-        Its runs, opened.
+    runs : callable
+        Opens its runs.
     """
-    stored = lake.findings()
-    relations: dict[str, LazyDataset | pa.Table] = {
-        "runs": pa.Table.from_pylist([_run_row(run) for run in runs], _RUNS),
-        "models": pa.Table.from_pylist([card | card["shape"] for card in lake.models()], _MODELS),
-        "sites": pa.Table.from_pylist([row for run in runs for row in _site_rows(run)], _SITES),
-        "findings": pa.Table.from_pylist([_finding_row(table) for table in stored], _FINDINGS),
+    return {
+        "runs": _once(_RUNS, lambda: [_run_row(run) for run in runs()]),
+        "models": _once(_MODELS, lambda: [card | card["shape"] for card in lake.models()]),
+        "sites": _once(_SITES, lambda: [row for run in runs() for row in _site_rows(run)]),
+        "findings": _once(_FINDINGS, lambda: [_finding_row(table) for table in lake.findings()]),
+        "directions": _once(DIRECTIONS, lambda: read_directions(lake.store).to_pylist()),
     }
+
+
+def finding_views(lake: Lake, names: Iterable[str] | None = None) -> dict[str, LazyDataset]:
+    """Return some views of findings by name, or all; a view that no run has been analysed for is left out.
+
+    Lists the findings, and reads the footers of the views' tables; the rows when a query scans them.
+    """
     views: dict[str, list[StoredTable]] = {}
-    for table in newest_findings(stored):
-        views.setdefault(table.view, []).append(table)
-    for view, tables in views.items():
-        relations.setdefault(view, _view(lake, tables))
-    return relations
+    for table in newest_findings(lake.findings() if names is None else _tables_of(lake, set(names))):
+        if names is None or table.view in names:
+            views.setdefault(table.view, []).append(table)
+    return {view: _view(lake, tables) for view, tables in views.items()}
+
+
+def _tables_of(lake: Lake, views: set[str]) -> list[StoredTable]:
+    """Describe the tables of some views, and the main ones beside them: they tell an analysis's newest version."""
+    tables = [table for view in sorted(views) for table in lake.findings(view)]
+    mains = {table.views[0] for table in tables} - views
+    return tables + [table for view in sorted(mains) for table in lake.findings(view)]
+
+
+def _once(schema: pa.Schema, rows: Callable[[], list[dict[str, Any]]]) -> LazyDataset:
+    @cache
+    def table() -> pa.Table:
+        return pa.Table.from_pylist(rows(), schema)
+
+    return LazyDataset(schema, table_scan(lambda: iter([table()])))
 
 
 def _run_row(run: Run) -> dict[str, object]:

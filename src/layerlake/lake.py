@@ -11,8 +11,11 @@ from .catalog.lake import Lake as CatalogLake
 
 if TYPE_CHECKING:
     import duckdb
+    import numpy.typing as npt
+    import pyarrow as pa
 
     from .analyze.series import Axis
+    from .sql import Explanation
 
 __all__ = ["Lake", "open_lake"]
 
@@ -50,11 +53,102 @@ class Lake(CatalogLake):
 
         return sql.query(self, query, params=params, run=run)
 
-    def connect(self, *, run: str | None = None) -> duckdb.DuckDBPyConnection:
-        """Return a DuckDB connection with the lake's relations registered and the configuration locked."""
+    def explain(
+        self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None, *, run: str | None = None
+    ) -> Explanation:
+        """Run a query as :meth:`sql` does, and tell what it read of the sites: chunks and bytes, of how many."""
+        from . import sql
+
+        return sql.explain(self, query, params=params, run=run)
+
+    def connect(self, *, run: str | Sequence[str] | None = None) -> duckdb.DuckDBPyConnection:
+        """Return a DuckDB connection with the lake's relations registered and the configuration locked.
+
+        Its queries are DuckDB's alone: what joins and subqueries spare is spared by :meth:`sql`.
+
+        Parameters
+        ----------
+        run : str or sequence of str, optional
+            Runs by id or unique prefix; a single one's relations need no schema in front. All runs if None.
+        """
         from . import sql
 
         return sql.connect(self, run=run)
+
+    def top_tokens(
+        self, site: str, layer: int, unit: int, k: int = 10, *, run: str | None = None
+    ) -> pa.Table:
+        """Return the k tokens at which a unit has its largest values, the largest first.
+
+        Reads the chunks that zones leave in question, of the layer; without zones, all of them.
+
+        Parameters
+        ----------
+        site : str
+            A relation with vectors: ``mlp_post``, ``resid``, ``resid_mid``, …
+        layer, unit : int
+            Which, from 0; the boundary, of ``resid``.
+        k : int
+            How many.
+        run : str, optional
+            The run, by id or unique prefix; the only run if None.
+
+        Returns
+        -------
+        pa.Table
+            row, document, position, text, value.
+
+        Raises
+        ------
+        SiteNotFound
+            There is no such site, or the run lacks it.
+        QueryError
+            The site has no such layer or unit.
+        """
+        from .sql.top_tokens import top_tokens
+
+        return top_tokens(self.run(run), site, layer, unit, k)
+
+    def save_direction(
+        self,
+        name: str,
+        vector: npt.ArrayLike,
+        *,
+        site: str | None = None,
+        layer: int | None = None,
+        run: str | None = None,
+        normalise: bool = False,
+        replace: bool = False,
+    ) -> None:
+        """Keep a vector under a name, for ``project(vec, 'name')`` in SQL; ``FROM directions`` lists them.
+
+        Parameters
+        ----------
+        name : str
+            A model has one direction of each name. Saving the same again does nothing.
+        vector : array ``[width]``
+            A probe's weights, a difference of means, a column of the unembedding: finite numbers, kept as float32.
+        site, layer : str and int, optional
+            What it is a direction in; recorded, and its width checked.
+        run : str, optional
+            The run that it was drawn from, by id or unique prefix; the only run if None. All runs of its model see it.
+        normalise : bool
+            Divide it by its Euclidean norm first: a projection is the dot product with what is stored.
+        replace : bool
+            Take the place of another one of that name, saved with the same run.
+
+        Raises
+        ------
+        AnalysisError
+            It is no direction, or the name is taken.
+        SiteNotFound
+            The model has no such site or layer.
+        """
+        from .sql.directions import save_direction
+
+        save_direction(
+            self.run(run), name, vector, site=site, layer=layer, normalise=normalise, replace=replace
+        )
 
     def analyze(
         self,
@@ -70,7 +164,8 @@ class Lake(CatalogLake):
         Parameters
         ----------
         name : str
-            lens, cka, neurons, attention_locality, subjoiner, wic, ing or norms.
+            lens, cka, neurons, attention_locality, subjoiner, wic, ing, norms, intervention_summary, swap_cosines,
+            benchmarks or stages.
         run : str or sequence of str
             Runs by id or unique prefix; all runs if empty.
         scheduler : str

@@ -284,18 +284,20 @@ def test_boundaries_stand_at_i_over_l_and_layers_in_the_middle_of_their_block() 
 
 
 @pytest.mark.parametrize(
-    ("kind", "axis", "places"),
+    ("kind", "span", "axis", "places"),
     [
-        ("layer", "depth", [0.125, 0.375, 0.625, 0.875]),
-        ("boundary", "depth", [0, 0.25, 0.5, 0.75, 1]),
-        ("pair", "depth", [0.25, 0.5, 0.75]),
-        ("layer", "paper", [0, 1 / 3, 2 / 3, 1]),
-        ("boundary", "paper", [0, 0.25, 0.5, 0.75, 1]),
-        ("pair", "paper", [0, 1 / 3, 2 / 3]),
+        ("layer", 1, "depth", [0.125, 0.375, 0.625, 0.875]),
+        ("layer", 2, "depth", [0.25, 0.5, 0.75]),
+        ("layer", 3, "depth", [0.375, 0.625]),
+        ("boundary", 1, "depth", [0, 0.25, 0.5, 0.75, 1]),
+        ("layer", 1, "paper", [0, 1 / 3, 2 / 3, 1]),
+        ("layer", 2, "paper", [0, 1 / 3, 2 / 3]),
+        ("boundary", 1, "paper", [0, 0.25, 0.5, 0.75, 1]),
     ],
 )
-def test_where_things_stand_in_four_layers(kind: Kind, axis: Axis, places: list[float]) -> None:
-    assert [relative_depth(kind, i, 4, axis) for i in range(len(places))] == pytest.approx(places)
+def test_where_things_stand_in_four_layers(kind: Kind, span: int, axis: Axis, places: list[float]) -> None:
+    stands = [relative_depth(kind, i, 4, axis, span=span) for i in range(len(places))]
+    assert stands == pytest.approx(places)
 
 
 def test_the_only_layer_of_a_model_has_a_place_on_both_axes() -> None:

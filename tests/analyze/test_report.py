@@ -36,9 +36,10 @@ from layerlake.catalog.run import Run
 
 MADE = datetime(2024, 6, 19, 12, 0, tzinfo=UTC)
 LENGTHS = (20, 30, 24, 19)  # some queries have 17 tokens before them
-FIGURES = 6
-ANY_TEXT = [name for name in TITLES if name not in DEMANDS]
-"""What a run of random tokens can answer: the others need words, or a task."""
+FIGURES = 7
+UNMET = DEMANDS.keys() - {"stages"}
+ANY_TEXT = [name for name in TITLES if name not in UNMET]
+"""What a run of random tokens can answer: the others need words, or a task, or interventions."""
 
 MakeRun = Callable[..., Run]
 
@@ -125,8 +126,8 @@ def test_one_page_has_all_figures_and_what_they_come_from(lake: Lake, run: Run) 
     assert "2024-06-19 12:00 UTC" in page.words
     assert "arXiv 2406.19384" in page.words
     assert "has not been analysed" not in page.words
-    for demand in DEMANDS.values():
-        assert page.words.count(f"Left out, with {demand.lack}: first.") == 1
+    for name in UNMET:
+        assert page.words.count(f"Left out, with {DEMANDS[name].lack}: first.") == 1
     assert "has grown" not in page.words
     rows = [row for spec in page.specs for rows in spec["datasets"].values() for row in rows]
     assert not any({"row", "unit"} & row.keys() for row in rows)  # nothing per token or per neuron
@@ -181,7 +182,7 @@ def test_a_run_that_lacks_an_analysis_is_named_with_the_command(lake: Lake, othe
     words = Page(build_report(lake, made=MADE)).words
     assert words.count("second has not been analysed for this.") == len(ANY_TEXT) - 1
     assert "first has not been analysed" not in words
-    assert words.count(": first; second.") == len(DEMANDS)  # one line for all runs
+    assert words.count(": first; second.") == len(UNMET)  # one line for all runs
     assert f"layerlake analyze {lake.url} cka --run {other.run_id}" in words
     assert f"layerlake analyze {lake.url} lens --run {other.run_id}" not in words
     assert "Activations of first and second" in words
@@ -195,7 +196,7 @@ def test_a_text_that_can_answer_is_not_left_out(make_run: MakeRun, tmp_path: Pat
         token_ids=np.concatenate(documents), vocab=WORDS_AND_PIECES, prompts=prompts, context=48, partition_tokens=128,
     )  # fmt: skip
     ing_run = planted_run(tmp_path / "ing", TINY, build_run)
-    for run, met in ((words_run, {"subjoiner", "wic"}), (ing_run, {"ing"})):
+    for run, met in ((words_run, {"subjoiner", "wic"}), (ing_run, {"ing", "stages"})):
         assert {name for name, demand in DEMANDS.items() if demand.is_met(run)} == met
         words = Page(build_report(Lake(run.store.url), made=MADE)).words
         assert words.count("Left out, with") == len(DEMANDS) - len(met)
@@ -220,10 +221,11 @@ def test_layers_can_stand_as_in_the_paper(lake: Lake) -> None:
         for axis, page in pages.items()
     }
     layers, boundaries = {"depth": [0.25, 0.75], "paper": [0, 1]}, [0, 0.5, 1]
+    grid = [i / 100 for i in range(101)]  # of the stages, which always stand as in the paper
     for axis, page in pages.items():
-        assert depths[axis] == [boundaries, [], layers[axis], layers[axis], layers[axis], layers[axis]]
+        assert depths[axis] == [boundaries, [], layers[axis], layers[axis], layers[axis], layers[axis], grid]
         assert page.words.count("(l + 0.5)/L") == (axis == "depth")
-        assert page.words.count("l/(L − 1)") == (axis == "paper")
+        assert page.words.count("l/(L − 1)") == 1 + (axis == "paper")  # the stages always say so
     assert f"layerlake report {lake.url} -o report.html --axis paper" in pages["paper"].words
     with pytest.raises(LayerLakeError, match="'height'") as caught:
         build_report(lake, axis="height")  # type: ignore[arg-type]
@@ -243,7 +245,9 @@ def test_a_finding_that_its_run_has_outgrown_says_so(lake: Lake, run: Run) -> No
     sites = {name: (*held, further.index) for name, held in run.manifest.sites.items()}
     rename(run, partitions=(*run.manifest.partitions, further), sites=sites)
     words = Page(build_report(Lake(lake.url), made=MADE)).words
-    assert words.count("first has grown since this was computed.") == len(ANY_TEXT) - 1  # weights do not grow
+    assert (
+        words.count("first has grown since this was computed.") == len(ANY_TEXT) - 2
+    )  # not weights, nor what builds on findings
 
 
 def test_what_an_older_version_found_is_to_be_computed_again(

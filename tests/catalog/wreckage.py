@@ -14,6 +14,7 @@ import pytest
 from layerlake.catalog.collection import Collection, collect_lake, plan_collection
 from layerlake.catalog.findings import Finding, FindingKey, write_finding
 from layerlake.catalog.layout import log_path, part_path, run_path, wip_path
+from layerlake.catalog.manifest import Manifest
 from layerlake.catalog.reservation import reserve_run
 from layerlake.catalog.run import Run
 from layerlake.catalog.seal import seal_json
@@ -98,3 +99,13 @@ def collect(store: Store, older_than_s: float = DAY_S) -> Collection:
     verify_lake(store)
     assert plan_collection(store, older_than_s=older_than_s).waste == ()
     return done
+
+
+def without_zones(run: Run) -> Run:
+    """Make a run what one was that was captured before there were zones."""
+    store, path = run.store, log_path(run.run_id, run.manifest.number)
+    snapshot = store.read_json(path)
+    del snapshot["zones"]
+    store.write_json(path, snapshot)
+    store.delete(f"{run_path(run.run_id)}/zones")
+    return Run(store, Manifest.from_json(snapshot))

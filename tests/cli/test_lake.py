@@ -1,4 +1,4 @@
-"""verify, rm and gc as a user meets them, on a run made from numbers alone."""
+"""verify, rm, gc and index as a user meets them, on a run made from numbers alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from tests.catalog.wreckage import add_finding
+from tests.catalog.wreckage import add_finding, without_zones
 
 from layerlake.catalog.layout import part_path, run_path
 from layerlake.catalog.reservation import reserve_run
 from layerlake.catalog.run import Run
+from layerlake.catalog.sites import SITES
 from layerlake.cli import main
 
 
@@ -48,9 +49,9 @@ def run(make_run: Callable[..., Run]) -> Run:
 def test_verify_says_how_much_it_has_read(layerlake: Callable[..., Result], run: Run) -> None:
     result = layerlake("verify", run.store.url)
     assert (result.code, result.out) == (0, "")
-    assert "read 63 objects" in result.err
+    assert "read 96 objects" in result.err
     assert "1 runs, 1 models, 0 tables of findings" in result.err
-    assert json.loads(layerlake("verify", run.store.url, "--run", "tiny", "--json").out)["objects"] == 63
+    assert json.loads(layerlake("verify", run.store.url, "--run", "tiny", "--json").out)["objects"] == 96
 
 
 def test_verify_is_red_and_names_the_object(layerlake: Callable[..., Result], run: Run) -> None:
@@ -159,3 +160,16 @@ def test_gc_frees_what_it_says_it_would(layerlake: Callable[..., Result], run: R
     assert layerlake("gc", url, "--older-than", "0s").out == ""
     wrong = layerlake("gc", url, "--older-than", "yesterday")
     assert (wrong.code, "24h" in wrong.err) == (2, True)
+
+
+def test_index_adds_zones_to_the_runs_that_lack_them(layerlake: Callable[..., Result], run: Run) -> None:
+    old = without_zones(run)
+    done = layerlake("index", old.store.url, "--run", old.run_id, "--json")
+    assert (done.code, done.err.startswith("wrote ")) == (0, True)
+    (indexed,) = json.loads(done.out)
+    assert indexed["run"] == old.run_id
+    n_layers = sum(SITES[site].n_layers(run.shape) for site in run.manifest.zones)
+    assert indexed["objects"] == n_layers * len(run.manifest.partitions)
+    again = layerlake("index", old.store.url)
+    assert again.code == 0
+    assert "0" in again.out.splitlines()[1].split()

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import duckdb
 import numpy as np
 import pytest
 
 from layerlake.catalog.errors import AmbiguousRun, QueryError, RunNotFound
 from layerlake.catalog.lake import Lake, create_lake
+from layerlake.catalog.manifest import commit_manifest
 from layerlake.catalog.run import Run
-from layerlake.sql import connect, query
+from layerlake.sql import Session, connect, query
+
+if TYPE_CHECKING:
+    from tests.file_systems import CountingFileSystem
 
 MakeRun = Callable[..., Run]
 
@@ -162,6 +170,90 @@ def test_connection_shows_the_lake_as_it_was(make_run: MakeRun) -> None:
     with connect(Lake(run.store.url)) as connection:
         make_run(name="second")
         assert connection.execute("SELECT count(*) FROM runs").fetchall() == [(1,)]
+
+
+def schemas(session: Session) -> set[str]:
+    rows = session.connection.execute("SELECT DISTINCT schema_name FROM duckdb_views() WHERE NOT internal")
+    return {name for (name,) in rows.fetchall()}
+
+
+def with_many_runs(run: Run, n: int) -> Lake:
+    """Give a run's lake other runs, of which there is a manifest and nothing else."""
+    for number in range(n):
+        other = dataclasses.replace(run.manifest, run_id=f"other-{number:04d}", number=0)
+        commit_manifest(run.store, other)
+    return Lake(run.store.url)
+
+
+def test_only_what_is_named_is_registered(two_runs: Lake) -> None:
+    first, second = two_runs.run_ids
+    session = Session(two_runs)
+    assert session.sql("SELECT count(*) FROM runs").fetchall() == [(2,)]
+    assert schemas(session) == {"main"}
+    assert session.sql(f'SELECT count(*) FROM "{first.upper()}".tokens').fetchall() == [(36,)]  # noqa: S608
+    assert schemas(session) == {"main", first}
+    session.sql(f'SELECT 1 WHERE 1 IN (SELECT row FROM "{second}".resid)').fetchall()  # noqa: S608
+    assert schemas(session) >= {"main", first, second}
+    assert len(session.sql("SHOW ALL TABLES").filter("schema <> '_layerlake'").fetchall()) > 20
+
+
+def test_what_there_is_is_listed(two_runs: Lake) -> None:
+    for text in [
+        "SELECT name FROM (SHOW ALL TABLES) WHERE schema <> 'main'",
+        "SELECT table_name FROM information_schema.tables WHERE table_schema <> 'main'",
+        "SELECT view_name FROM duckdb_views() WHERE NOT internal AND schema_name <> 'main'",
+    ]:
+        names = [name for (name,) in query(two_runs, text).fetchall()]
+        assert names.count("tokens") == 2, text
+        assert names.count("attn_out") == 1, text
+
+
+def test_of_many_runs_the_chosen_one_is_listed(make_run: MakeRun) -> None:
+    lake = with_many_runs(make_run(name="tiny"), 70)
+    found = query(lake, "SELECT DISTINCT schema FROM (SHOW ALL TABLES) ORDER BY ALL", run="tiny").fetchall()
+    assert [name for (name,) in found] == ["main", lake.run("tiny").run_id]
+    assert query(lake, "SELECT count(*) FROM runs").fetchall() == [(71,)]
+
+
+def test_a_thousand_runs_answer_at_once(make_run: MakeRun) -> None:
+    lake = with_many_runs(make_run(name="tiny"), 1000)
+    run_id = lake.run("tiny").run_id
+    for text, run, expected in [
+        ("SELECT count(*) FROM tokens", "tiny", 36),
+        (f'SELECT count(vec) FROM "{run_id}".resid WHERE boundary = 1', None, 36),  # noqa: S608
+        ("SELECT count(*) FROM runs JOIN sites USING (run) WHERE site = 'resid'", None, 1001),
+    ]:
+        started = time.perf_counter()
+        assert query(Lake(lake.url), text, run=run).fetchall() == [(expected,)]
+        assert time.perf_counter() - started < 2
+
+
+def test_no_run_but_the_named_one_is_opened(counting: type[CountingFileSystem], make_run: MakeRun) -> None:
+    run = make_run(name="tiny", url="counting://lake")
+    lake = with_many_runs(run, 50)
+    counting.calls.clear()
+    assert query(lake, "SELECT count(*) FROM tokens", run="tiny").fetchall() == [(36,)]
+    assert counting.calls.total() < 20
+
+
+def test_connection_has_the_runs_that_it_is_given(two_runs: Lake, make_run: MakeRun) -> None:
+    make_run(name="third")
+    with connect(two_runs, run=["first", "second"]) as connection:
+        views = "SELECT DISTINCT schema_name FROM duckdb_views() WHERE NOT internal AND schema_name <> 'main'"
+        found = {name.rpartition("-")[0] for (name,) in connection.execute(views).fetchall()}
+        assert found == {"first", "second"}
+        with pytest.raises(duckdb.CatalogException):
+            connection.execute("FROM tokens")
+    with connect(two_runs, run="first") as connection:
+        assert connection.execute("SELECT count(*) FROM tokens").fetchall() == [(36,)]
+
+
+def test_what_duckdb_may_take_is_limited(tiny_lake: Lake) -> None:
+    (limit,) = query(tiny_lake, "SELECT current_setting('memory_limit')", memory_limit="64MiB").fetchall()
+    assert limit == ("64.0 MiB",)
+    with pytest.raises(QueryError, match="'much' is no memory limit") as caught:
+        query(tiny_lake, "SELECT 1", memory_limit="much")
+    assert "8GB" in caught.value.hint
 
 
 def test_importing_sql_does_not_import_duckdb() -> None:

@@ -188,3 +188,12 @@ def test_python_variables_are_not_tables(lake: Lake) -> None:
     with pytest.raises(QueryError, match="local does not exist"):
         query(lake, "FROM local")
     assert query(lake, "SELECT count(*) FROM sites").fetchall() == [(6,)]
+
+
+def test_unsafe_reads_files_and_writes_none(lake: Lake) -> None:
+    text = "SELECT password FROM 'secret.csv' JOIN runs ON true"
+    assert query(lake, text, unsafe=True).fetchall() == [(1234,)]
+    for write in ["COPY (SELECT 1) TO 'stolen'", "ATTACH 'stolen'", "INSTALL httpfs", "SELECT 1; SELECT 2"]:
+        with pytest.raises(QueryError):
+            query(lake, write, unsafe=True)
+    assert [path.name for path in Path.cwd().iterdir()] == ["secret.csv"]

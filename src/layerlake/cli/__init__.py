@@ -11,6 +11,7 @@ from .. import console
 from ..catalog.errors import LayerLakeError
 from .analysis import analyze, report
 from .capture import capture, demo, plan
+from .index import index
 from .intervene import intervene
 from .lake import gc, info, ls, rm, verify
 from .options import InOrder
@@ -29,7 +30,7 @@ def cli(debug: bool) -> None:  # read by main
     """
 
 
-for command in (demo, plan, capture, intervene, ls, info, verify, sql, analyze, report, rm, gc):
+for command in (demo, plan, capture, intervene, ls, info, verify, index, sql, analyze, report, rm, gc):
     cli.add_command(command)
 
 

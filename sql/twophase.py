@@ -1,0 +1,391 @@
+"""Queries in two phases: what joins and subqueries leave of a site's rows is found out first, without its values.
+
+DuckDB hands a scan the comparisons of a column with constants, and no more: keys that come out of a join or a
+subquery reach it when all has been read. So each SELECT that joins a site, or compares it with a subquery, is first
+asked for the labels of the site's rows alone, with the site's values and all conditions on them left out. What comes
+back (:class:`Keys`) is all that the whole query can need; then the whole query runs, over a relation that leaves the
+other rows out. The answer is the same by construction: only rows that would be dropped are missing.
+
+Never is a query changed but for the names of tables, and where it is not certain that a row would be dropped (outer
+joins on their other side, random(), LIMIT, samples, recursion), or the first phase fails for whatever reason, the
+query runs as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import pyarrow as pa
+
+from ..catalog.errors import LayerLakeError
+from .dataset import LazyDataset
+from .keys import Keys, key_columns, labels_of
+from .syntax import (
+    Node,
+    alias_of,
+    all_of,
+    conjuncts,
+    is_pushed,
+    joins_of,
+    leaves_of,
+    name_of,
+    names_in,
+    needs,
+    parse,
+    path_of,
+    plain,
+    quoted,
+    region_of,
+    render,
+    varies,
+    walk,
+)
+
+if TYPE_CHECKING:
+    import pyarrow.compute as pc
+
+    from .connection import Session
+    from .scan import SiteScan
+
+__all__ = ["MAX_KEYS", "Restriction", "in_two_phases"]
+
+MAX_KEYS = 1 << 20
+"""The most keys that are looked for, and the most rows of a subquery that are kept; more would say too little."""
+
+_SCHEMA = "_layerlake"
+_NESTED = {"array", "list", "struct", "map", "union"}
+
+
+@dataclass(frozen=True, slots=True)
+class Restriction:
+    """What the first phase has found out of one occurrence of a site relation in a query."""
+
+    run: str
+    relation: str
+    columns: tuple[str, ...]
+    """The columns whose combinations are known."""
+    n_keys: int
+
+
+def in_two_phases(
+    session: Session, text: str, params: list[Any] | dict[str, Any] | None, relation: duckdb.DuckDBPyRelation
+) -> duckdb.DuckDBPyRelation:
+    """Return a query's relation with what its first phase has found built in.
+
+    Parameters
+    ----------
+    session : Session
+        Where it runs; what it names is registered.
+    text : str
+        The query.
+    params : list, dict or None
+        Its parameters.
+    relation : DuckDBPyRelation
+        The query as it is, bound; returned where nothing can be won.
+    """
+    try:
+        planned = _Query(session, text, params).plan()
+        if planned is None:
+            return relation
+        found = session.connection.sql(planned[0], params=planned[1])
+    except (duckdb.Error, LayerLakeError) as error:
+        _raise_if_interrupted(error)
+        return relation  # which says what is wrong, if anything is
+    return found if (found.columns, found.types) == (relation.columns, relation.types) else relation
+
+
+class _Query:
+    """A query on its way to its second phase: its tree, and what is replaced in its text."""
+
+    def __init__(self, session: Session, text: str, params: list[Any] | dict[str, Any] | None) -> None:
+        self.session = session
+        self.connection = session.connection
+        self.text = text
+        self.content = text.encode()  # the tree counts bytes
+        self.tree: Node = parse(self.connection, text)["node"]
+        listed = {str(place): value for place, value in enumerate(params, start=1)} if params else {}
+        self.params: Mapping[str, Any] = params if isinstance(params, dict) else listed
+        self.ctes: list[Node] = []
+        self.splices: dict[int, tuple[int, str]] = {}
+
+    def plan(self) -> tuple[str, dict[str, Any] | None] | None:
+        """Return the query's text and parameters with all that was found out; None if that is nothing."""
+        self._resolve(self.tree, {})
+        self._restrict_all(self.tree)
+        if not self.splices:
+            return None
+        for node in walk(self.tree):
+            if node.get("class") == "PARAMETER":  # `?` counts from the left, where some may be missing now
+                self._splice(node, f"${node['identifier']}")
+        pieces, at = [], 0
+        for start, (stop, replacement) in sorted(self.splices.items()):
+            if start >= at:  # else it is inside of what was replaced as a whole
+                pieces += [self.content[at:start], replacement.encode()]
+                at = stop
+        text = b"".join([*pieces, self.content[at:]]).decode()
+        if plain(parse(self.connection, text)["node"]) != plain(self.tree):
+            return None  # the places were not what they seemed
+        return text, self._params_of(self.tree)
+
+    def _splice(self, node: Node, replacement: str) -> None:
+        start = node["query_location"]
+        self.splices[start] = (start + node["query_location_length"], replacement)
+
+    def _params_of(self, tree: Node) -> dict[str, Any] | None:
+        """Return the parameters that are left in a tree: DuckDB refuses others."""
+        names = {node["identifier"] for node in walk(tree) if node.get("class") == "PARAMETER"}
+        return {name: value for name, value in self.params.items() if name in names} or None
+
+    # -- names ------------------------------------------------------------------------------------
+
+    def _resolve(self, tree: Any, scope: Mapping[str, int]) -> None:
+        """Mark every table's name that is a common table expression's with the number of that (``_cte``)."""
+        if isinstance(tree, list):
+            for item in tree:
+                self._resolve(item, scope)
+        if not isinstance(tree, dict):
+            return
+        for entry in tree.get("cte_map", {}).get("map", []):
+            definition, number = entry["value"]["query_node"], len(self.ctes)
+            self.ctes.append(entry)
+            entry["_number"] = number
+            after = {**scope, entry["key"].casefold(): number}
+            self._resolve(definition, after if definition["type"] == "RECURSIVE_CTE_NODE" else scope)
+            scope = after
+        if tree.get("type") == "BASE_TABLE" and len(path_of(tree)) == 1 and name_of(tree) in scope:
+            tree["_cte"] = scope[name_of(tree)]
+        for field, item in tree.items():
+            if field != "cte_map":
+                self._resolve(item, scope)
+
+    def _site(self, leaf: Node) -> SiteScan | None:
+        return (
+            self.session.site(path_of(leaf)) if leaf["type"] == "BASE_TABLE" and "_cte" not in leaf else None
+        )
+
+    def _definition(self, number: int) -> Node:
+        node: Node = self.ctes[number]["value"]["query_node"]
+        return node
+
+    def _ctes_of(self, tree: Node) -> set[int]:
+        """Return the common table expressions that a tree needs, those that these need included."""
+        needed: set[int] = set()
+        pending = [tree]
+        while pending:
+            new = {node["_cte"] for node in walk(pending.pop()) if "_cte" in node} - needed
+            needed |= new
+            pending += map(self._definition, new)
+        return needed
+
+    def _outer_ctes(self, query: Node) -> list[int]:
+        """Return those of them that are defined around it, in their order."""
+        inside = {node["_number"] for node in walk(query) if "_number" in node}
+        return sorted(self._ctes_of(query).difference(inside))
+
+    def _standalone(self, query: Node) -> str | None:
+        """Return the text of a part of the query that can run by itself; None if it has none that is certain."""
+        needed = self._outer_ctes(query)
+        names = [self.ctes[number]["key"].casefold() for number in needed]
+        others = {
+            name_of(node)
+            for part in [query, *map(self._definition, needed)]
+            for node in walk(part)
+            if node.get("type") == "BASE_TABLE" and node.get("_cte") not in needed
+        }
+        if len(set(names)) < len(names) or others.intersection(names):
+            return None  # in one WITH, they would not mean the same
+        whole = [*(self.ctes[number] for number in needed), *query["cte_map"]["map"]]
+        return render(self.connection, {**query, "cte_map": {"map": whole}})
+
+    # -- SELECT by SELECT -------------------------------------------------------------------------
+
+    def _restrict_all(self, tree: Any) -> None:
+        """Restrict the sites of every SELECT, from the outermost on; a recursive one sees other rows each time."""
+        if isinstance(tree, list):
+            for item in tree:
+                self._restrict_all(item)
+        elif isinstance(tree, dict) and tree.get("type") not in ("RECURSIVE_CTE_NODE", "SHOW_REF"):
+            if tree.get("type") == "SELECT_NODE":
+                self._restrict(tree)
+            for item in tree.values():
+                self._restrict_all(item)
+
+    def _restrict(self, select: Node) -> None:
+        """Restrict the sites in a SELECT's FROM, if anything but constants tells which of their rows it needs."""
+        source, conditions = select["from_table"], conjuncts(select["where_clause"])
+        leaves = leaves_of(source)
+        sites = [(leaf, scan) for leaf in leaves if (scan := self._site(leaf)) is not None]
+        if not sites or select["sample"] or (len(leaves) == 1 and all(map(is_pushed, conditions))):
+            return  # a sample is drawn before WHERE
+        given = [join["condition"] for join in joins_of(source) if join["condition"]]
+        for part in [source, *conditions]:
+            self._keep_ctes(part)
+        for condition in [*given, *conditions]:
+            self._keep_subqueries(condition)
+        for leaf in leaves:
+            self._keep_leaf(leaf)
+        # all first phases come first: a site that is restricted has another name
+        found = [(leaf, scan, self._keys(select, leaf, scan)) for leaf, scan in sites]
+        for leaf, scan, keys in found:
+            if keys is not None:
+                self._narrow(leaf, scan, keys)
+
+    def _narrow(self, leaf: Node, scan: SiteScan, keys: Keys) -> None:
+        """Put a relation that has the keys' rows alone in a site's place."""
+
+        def batches(columns: Sequence[str], where: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+            return scan.batches(columns, where, keys)
+
+        name = self.session.add_unnamed(_SCHEMA, LazyDataset(scan.schema, batches))
+        self._rename(leaf, name)
+        given = Restriction(scan.run.run_id, scan.relation.name, keys.names, keys.n_keys)
+        self.session.restrictions.append(given)
+
+    def _rename(self, leaf: Node, name: str) -> None:
+        """Name another table in the place of one, by whose name it goes on."""
+        alias, columns = alias_of(leaf), ", ".join(map(quoted, leaf["column_name_alias"]))
+        named = f"{quoted(alias)}({columns})" if columns else quoted(alias)
+        self._splice(leaf, f"{quoted(_SCHEMA)}.{quoted(name)} AS {named}")
+        self._replace(leaf, name, alias)
+
+    def _replace(self, leaf: Node, name: str, alias: str) -> None:
+        place = {field: leaf[field] for field in ("query_location", "query_location_length")}
+        columns = {"column_name_alias": leaf["column_name_alias"]}
+        leaf.clear()
+        leaf |= _table(self.connection, name, alias) | place | columns
+
+    # -- what is kept, so that both phases see the same -------------------------------------------
+
+    def _keep_subqueries(self, condition: Node) -> None:
+        """Run the subqueries of a condition that stand by themselves, once, and put their rows in their place."""
+        for node in walk(condition):
+            if node.get("class") == "SUBQUERY" and (name := self._keep(node["subquery"]["node"])):
+                table = f"FROM {quoted(_SCHEMA)}.{quoted(name)}"
+                is_exists = node["subquery_type"] == "EXISTS"
+                self._splice(node, f"EXISTS ({table})" if is_exists else f"({table})")
+                node["subquery"] = parse(self.connection, table)
+
+    def _keep_leaf(self, leaf: Node) -> None:
+        """Do the same to a subquery or a function in FROM that may give other rows each time."""
+        if self._is_repeatable(leaf):
+            return
+        if leaf["type"] == "SUBQUERY" and (name := self._keep(leaf["subquery"]["node"])):
+            self._splice(leaf, f"{quoted(_SCHEMA)}.{quoted(name)}")
+            self._replace(leaf, name, leaf["alias"])
+        if leaf["type"] == "TABLE_FUNCTION" and (name := self._keep(self._everything_of(leaf))):
+            self._rename(leaf, name)
+
+    def _keep_ctes(self, part: Node) -> None:
+        """Run the common table expressions of a part that may give other rows each time, for all places at once."""
+        for number in sorted(self._ctes_of(part)):
+            if self._is_repeatable(self._definition(number)):
+                continue
+            places = [node for node in walk(self.tree) if node.get("_cte") == number]
+            if name := self._keep(self._everything_of(places[0]), shares=False):
+                for place in places:
+                    self._rename(place, name)
+
+    def _everything_of(self, leaf: Node) -> Node:
+        query: Node = parse(self.connection, "FROM t")["node"]
+        query["from_table"] = {**leaf, "alias": "", "column_name_alias": []}
+        return query
+
+    def _keep(self, query: Node, *, shares: bool = True) -> str | None:
+        """Keep a query's rows in a table, and return its name; None if it cannot run alone, or is too large.
+
+        Nor does it where it ``shares`` a common table expression with others, and its rows might be others then.
+        """
+        text = self._standalone(query)
+        shared = map(self._definition, self._outer_ctes(query) if shares else ())
+        if text is None or not all(map(self._is_repeatable, shared)):
+            return None
+        try:
+            bound = self.session.sql(text, self._params_of(query))
+            names = [column.casefold() for column in bound.columns]
+            if len(set(names)) < len(names) or any(kind.id in _NESTED for kind in bound.types):
+                return None
+            rows = bound.limit(MAX_KEYS + 1).to_arrow_table()
+        except (duckdb.Error, LayerLakeError) as error:
+            _raise_if_interrupted(error)
+            return None  # it refers to the query around it, as often as not
+        return self.session.add_unnamed(_SCHEMA, rows) if rows.num_rows <= MAX_KEYS else None
+
+    # -- the first phase --------------------------------------------------------------------------
+
+    def _keys(self, select: Node, leaf: Node, scan: SiteScan) -> Keys | None:
+        """Return the rows of a site that can be part of what a SELECT selects from, by their labels."""
+        source, tables = region_of(select["from_table"], leaf)
+        if source is None or leaf["column_name_alias"]:
+            return None
+        source = copy.deepcopy(source)
+        leaves, joins = leaves_of(source), joins_of(source)
+        sites = {alias_of(other): found for other in leaves if (found := self._site(other)) is not None}
+        where = [
+            each
+            for each in conjuncts(select["where_clause"])
+            if self._is_certain(each, sites)
+            and (tables is None or all(len(name) > 1 and name[0] in tables for name in names_in(each)))
+        ]
+        if not self._are_sets(joins, sites) or not all(
+            self._is_certain(each, sites, has_values=True) for each in leaves
+        ):
+            return None
+        names = {name for part in [source, *where] for each in names_in(part) for name in each}
+        if any(join["ref_type"] == "NATURAL" for join in joins):
+            names.add("*")
+        columns = key_columns(scan, set(scan.schema.names) if "*" in names else names)
+        if not columns and not where:
+            return None
+        columns = columns or list(scan.dimensions[:1])  # conditions that are true of all rows, or of none
+        for other in leaves:
+            if (found := sites.get(alias_of(other))) is not None:
+                self._replace(other, self.session.add_unnamed(_SCHEMA, labels_of(found)), alias_of(other))
+        named = ", ".join(f"{quoted(alias_of(leaf))}.{name}" for name in columns)
+        query = parse(self.connection, f"SELECT DISTINCT {named}")["node"]
+        query["from_table"], query["where_clause"] = source, all_of(self.connection, where)
+        text = self._standalone(query)
+        if text is None:
+            return None
+        rows = self.connection.sql(text, params=self._params_of(query)).limit(MAX_KEYS + 1).to_arrow_table()
+        return Keys(rows.rename_columns(columns)) if rows.num_rows <= MAX_KEYS else None
+
+    def _are_sets(self, joins: Sequence[Node], sites: Mapping[str, SiteScan]) -> bool:
+        """Tell whether joins have the same rows, as a set, without the sites' values; leave out conditions on these.
+
+        To leave one out lets more pass, unless an outer join or an anti-join asks for what does not.
+        """
+        is_inner = all(join["join_type"] == "INNER" for join in joins)
+        for join in joins:
+            given = conjuncts(join["condition"])
+            kept = [each for each in given if self._is_certain(each, sites)]
+            if len(kept) < len(given):
+                if not is_inner:
+                    return False
+                join["condition"] = all_of(self.connection, kept)
+        kinds = {"NATURAL", "REGULAR", "CROSS"} if is_inner else {"REGULAR", "CROSS"}
+        return all(join["ref_type"] in kinds for join in joins)
+
+    def _is_certain(self, part: Node, sites: Mapping[str, SiteScan], *, has_values: bool = False) -> bool:
+        """Tell whether a part of the query has one meaning, and has it without the values of the sites around it."""
+        values = set() if has_values else {scan.schema.names[-1] for scan in sites.values()}
+        return self._is_repeatable(part) and not needs(part, values, {name.casefold() for name in sites})
+
+    def _is_repeatable(self, tree: Node) -> bool:
+        """Tell whether a part of the query gives the same, as a set of rows or as a truth, whenever it is asked."""
+        parts = [tree, *map(self._definition, self._ctes_of(tree))]
+        return not any(varies(node) for part in parts for node in walk(part))
+
+
+def _table(connection: duckdb.DuckDBPyConnection, name: str, alias: str) -> Node:
+    named = f" AS {quoted(alias)}" if alias else ""
+    node: Node = parse(connection, f"FROM {quoted(_SCHEMA)}.{quoted(name)}{named}")["node"]["from_table"]
+    return node
+
+
+def _raise_if_interrupted(error: Exception) -> None:
+    if isinstance(error, duckdb.InterruptException) or isinstance(error.__cause__, duckdb.InterruptException):
+        raise error
