@@ -232,9 +232,7 @@ def run_all(
                     )
                 )
             except (AnalysisError, NotInLake) as error:
-                skipped.append(
-                    Skipped(run.run_id, analysis.name, " ".join(filter(None, (str(error), error.hint))))
-                )
+                skipped.append(Skipped(run.run_id, analysis.name, error.advice))
         if found:
             findings.append(merge_findings(found))
     return findings, skipped
@@ -319,7 +317,7 @@ def _input(lake: Lake, view: str, scope: Scope, run: Run, *, scheduler: str, pro
                 lake, maker, run, maker.options(), scheduler=scheduler, progress=progress
             )
         except (AnalysisError, NotInLake) as error:
-            return Input(lake.store, view, (), " ".join(filter(None, (str(error), error.hint))))
+            return Input(lake.store, view, (), error.advice)
         return Input(lake.store, view, found.keys)
     model = run.manifest.model_id
     of = {run.run_id} if scope == "run" else {r.run_id for r in lake.runs() if r.manifest.model_id == model}

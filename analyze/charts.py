@@ -178,6 +178,11 @@ def attention_locality_chart(
     return draw_lines(rows, series, panels, "layer", columns=2, height=230)
 
 
+def _with_bounds(name: str, row: Row, column: str) -> Row:
+    """Return a column of a row and the ends of its interval, if it has one, under another name."""
+    return {f"{name}{end}": row.get(f"{column}{end}") for end in ("", "_lo", "_hi")}
+
+
 def _tokens(n: int) -> str:
     return f"{n} tokens" if n > 1 else "token"
 
@@ -199,8 +204,7 @@ def attention_distance_chart(
     layers: dict[tuple[str, int], Row] = {}
     for row in table_rows(table, series, "layer", axis):
         point, distance = layers.setdefault((row["run"], row["layer"]), row), row["distance"]
-        for end in ("", "_lo", "_hi"):
-            point[f"previous_{distance}{end}"] = row.get(f"cumulative_weight{end}")
+        point |= _with_bounds(f"previous_{distance}", row, "cumulative_weight")
         point[f"uniform_{distance}"] = row["uniform_weight"]
     panels = [
         Panel(
@@ -226,8 +230,7 @@ def wic_chart(table: pa.Table, series: Sequence[Series], *, axis: Axis = "depth"
     boundaries: dict[tuple[str, int], Row] = {}
     for row in table_rows(table, series, "boundary", axis):
         point, name = boundaries.setdefault((row["run"], row["boundary"]), row), row["features"]
-        for end in ("", "_lo", "_hi"):
-            point[f"{name}{end}"] = row[f"accuracy{end}"]
+        point |= _with_bounds(name, row, "accuracy")
     panels = [
         Panel(
             name,
@@ -260,11 +263,9 @@ def norms_chart(table: pa.Table, series: Sequence[Series], *, axis: Axis = "dept
         point, name = layers.setdefault((row["run"], row["layer"]), row), row["component"]
         point[f"{name}_median"] = row["median_norm"]
         point[f"{name}_low"], point[f"{name}_high"] = row["p10"], row["p90"]
-        for end in ("", "_lo", "_hi"):
-            point[f"{name}{end}"] = row.get(f"mean_norm{end}")
-            point[f"{name}_relative{end}"] = row.get(f"relative_norm{end}")
-            if name == "attn_out":
-                point[f"ratio{end}"] = row.get(f"attn_mlp_ratio{end}")
+        point |= _with_bounds(name, row, "mean_norm") | _with_bounds(f"{name}_relative", row, "relative_norm")
+        if name == "attn_out":
+            point |= _with_bounds("ratio", row, "attn_mlp_ratio")
     panels = [
         *(
             Panel(

@@ -27,9 +27,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from layerlake import CaptureSpec
-from layerlake.capture.execute import place_tokens, share_out_memory
+from layerlake.capture.execute import share_out_memory
 from layerlake.capture.hooks import pad
 from layerlake.capture.model import OpenModel, open_model
+from layerlake.capture.partition import place_tokens
 from layerlake.capture.phases import init_capture
 from layerlake.capture.plan import CapturePlan, plan_capture
 from layerlake.capture.worker import Outcome, Worker

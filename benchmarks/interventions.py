@@ -32,7 +32,7 @@ from layerlake.capture.intervene import execute_interventions
 from layerlake.capture.interventions import InterventionPlan, InterventionSpec, plan_intervention
 from layerlake.capture.memory import PeakMemory
 from layerlake.capture.model import OpenModel, open_model
-from layerlake.catalog.interventions import INTERVENTIONS, list_parts
+from layerlake.catalog.interventions import INTERVENTIONS
 from layerlake.catalog.schedules import count_blocks
 from layerlake.catalog.tables import read_parts
 from layerlake.demo.corpus import iter_documents
@@ -58,7 +58,7 @@ def timed(plan: InterventionPlan, model: OpenModel) -> tuple[float, Rows]:
     began = time.perf_counter()
     execute_interventions(plan, model=model)
     seconds = time.perf_counter() - began
-    parts = list_parts(plan.run.store, plan.run.run_id, plan.params("interventions"))
+    parts = plan.finding("interventions").parts()
     table = read_parts(plan.run.store, [part.path for part in parts]).select(INTERVENTIONS.names).to_pandas()
     groups = table[table["kind"].isin(["drop", "swap"])].sort_values(["document", "position"])
     return seconds, {

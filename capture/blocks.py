@@ -8,7 +8,7 @@ the model itself would call it, bit for bit. Key-value caches stay off.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..catalog.errors import AdapterMismatch
@@ -89,7 +89,10 @@ class Blocks:
         """Return the residual stream behind a step: ``[batch, position, d_model]``, as is what it is given."""
         self.n_executed += step.n_blocks
         if step.is_stale:
-            with _remembered(self._heads(step.layer)):
+            with ExitStack() as stack:
+                for name in "kv":
+                    point = self.model.hook_point(f"blocks.{step.layer}.attn.hook_{name}")
+                    stack.enter_context(_hooked(point, _repeat_first()))
                 return self._call(step.layer, self._call(step.layer, residual))
         if step.without:
             point = self.model.hook_point(hook_name(f"{step.without}_out", step.layer, self.model.shape))
@@ -102,10 +105,6 @@ class Blocks:
         out = self.model.bridge.blocks[layer](residual, *args, **options)
         found: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return found
-
-    def _heads(self, layer: int) -> list[Any]:
-        """Return the hook points of a layer's keys and values."""
-        return [self.model.hook_point(f"blocks.{layer}.attn.hook_{name}") for name in "kv"]
 
     def norm(self, residual: torch.Tensor) -> torch.Tensor:
         """Apply the final norm: ``[..., d_model]``."""
@@ -127,11 +126,12 @@ def run_schedule(
     for place, step in enumerate(steps):
         if ("resid", place) in takers:
             takers["resid", place](residual)
-        observers: dict[str, list[Take]] = {}
-        for (site, layer), take in takers.items():
-            if layer == place and site != "resid":
-                observers.setdefault(hook_name(site, step.layer, model.shape), []).append(take)
-        with listen(model, observers):
+        here = {
+            (site, step.layer): take
+            for (site, layer), take in takers.items()
+            if layer == place and site != "resid"
+        }
+        with listen(model, here):
             residual = blocks.run(step, residual)
     if ("resid", len(steps)) in takers:
         takers["resid", len(steps)](residual)
@@ -153,6 +153,18 @@ def _nothing(value: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001  #
     return value.new_zeros(value.shape)
 
 
+def _repeat_first() -> Callable[..., Any]:
+    """Return what lets a hook point give again what it gave first."""
+    first: list[Any] = []
+
+    def give(value: Any, hook: Any) -> Any:  # noqa: ARG001  # TransformerLens passes it by name
+        if not first:
+            first.append(value)
+        return first[0]
+
+    return give
+
+
 @contextmanager
 def _hooked(point: Any, function: Callable[..., Any]) -> Iterator[None]:
     point.add_hook(function, prepend=True)  # who listens there hears what came of it
@@ -160,23 +172,3 @@ def _hooked(point: Any, function: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         point.remove_hooks("fwd")
-
-
-@contextmanager
-def _remembered(points: list[Any]) -> Iterator[None]:
-    """Let hook points give again what they gave first."""
-    first: dict[int, Any] = {}
-
-    def remember(place: int) -> Callable[..., Any]:
-        def give(value: Any, hook: Any) -> Any:  # noqa: ARG001  # TransformerLens passes it by name
-            return first.setdefault(place, value)
-
-        return give
-
-    for place, point in enumerate(points):
-        point.add_hook(remember(place))
-    try:
-        yield
-    finally:
-        for point in points:
-            point.remove_hooks("fwd")

@@ -13,11 +13,11 @@ from ..catalog.manifest import Manifest
 from ..catalog.stores import Store
 from .cost import forward_flops
 from .description import describe_model
-from .execute import numerics, place_tokens, placed_documents, share_out_memory
+from .execute import numerics, placed_documents, share_out_memory
 from .frozen import FrozenPlan, PartitionWork
 from .memory import N_SLOTS
 from .model import OpenModel, open_model
-from .partition import PartitionBuffer, PlacedDocument, run_batch
+from .partition import PartitionBuffer, PlacedDocument, place_tokens, run_batch
 from .placement import EncodedDocument, place_documents
 from .plan import CapturePlan
 from .staging import Staging

@@ -11,9 +11,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from ..catalog.errors import CaptureInProgress, CaptureUnfinished, CorruptRun, PlanError
 from ..catalog.lake import create_lake
 from ..catalog.manifest import Manifest
@@ -28,7 +25,7 @@ from .ledgers import is_open, pending_work, withdraw_disputed
 from .memory import MemoryPlan, plan_memory
 from .model import OpenModel, open_model
 from .model_store import has_model, write_model
-from .partition import PlacedDocument
+from .partition import PlacedDocument, place_tokens
 from .phases import await_plan, finalise_capture, init_capture, release_committed
 from .plan import CapturePlan, plan_capture
 from .selfcheck import check_model
@@ -42,7 +39,6 @@ __all__ = [
     "execute_plan",
     "finalise_plan",
     "numerics",
-    "place_tokens",
     "placed_documents",
     "share_out_memory",
     "write_share",
@@ -94,6 +90,7 @@ def execute_plan(
     lake: str | os.PathLike[str],
     *,
     share: Share | None = None,
+    model: OpenModel | None = None,
     progress: CaptureProgress = silent,
 ) -> Outcome:
     """Carry out a plan, or one writer's share of it; whoever finds all partitions written commits the run.
@@ -108,6 +105,8 @@ def execute_plan(
         The lake that it was planned for.
     share : Share, optional
         The partitions that this writer takes; all of them if None.
+    model : OpenModel, optional
+        The plan's model, if it is open already.
     progress : callable, optional
         Is told how far it has come.
 
@@ -123,7 +122,8 @@ def execute_plan(
         return Outcome(Run(store, plan.manifest))
     if plan.model is None:
         raise PlanError("There is no text to capture.", hint="Give --dataset.")
-    model = open_model(plan.model, device=plan.spec.device, compute_dtype=plan.spec.compute_dtype)
+    if model is None:
+        model = open_model(plan.model, device=plan.spec.device, compute_dtype=plan.spec.compute_dtype)
     documents, on_host = placed_documents(plan, store), model.device.type == "cpu"
     memory = share_out_memory(plan, frozen, documents, on_host=on_host, is_local=store.is_local)
     first = [documents[number].token_ids.tolist() for number in frozen.work[0].batches[0]]
@@ -314,24 +314,6 @@ def placed_documents(plan: CapturePlan, store: Store | None) -> dict[int, Placed
         held = Run(store, plan.existing)
         tables.append((held.documents, held.tokens))
     return {number: placed for table in tables for number, placed in place_tokens(*table).items()}
-
-
-def place_tokens(documents: pa.Table, tokens: pa.Table) -> dict[int, PlacedDocument]:
-    """Return each stored document's tokens and place, by its number."""
-    token_ids, document = tokens["token_id"].to_numpy(), tokens["document"].to_numpy()
-    # Tokens stand in the order of their documents.
-    numbers, starts, counts = np.unique(document, return_index=True, return_counts=True)
-    spans = zip(starts.tolist(), counts.tolist(), strict=True)
-    ids = {
-        number: token_ids[start : start + count]
-        for number, (start, count) in zip(numbers.tolist(), spans, strict=True)
-    }
-    columns = (documents[name].to_pylist() for name in ("document", "status", "row_start", "pair_start"))
-    return {
-        number: PlacedDocument(number, ids[number], row_start, pair_start)
-        for number, status, row_start, pair_start in zip(*columns, strict=True)
-        if status != "refused"
-    }
 
 
 def _provenance(plan: CapturePlan, model: OpenModel, checks: dict[str, float]) -> dict[str, Any]:

@@ -44,15 +44,14 @@ def hook_name(site: str, layer: int, shape: ModelShape) -> str:
 
 
 @contextmanager
-def listen(model: OpenModel, observers: Mapping[str, Sequence[Take]]) -> Iterator[None]:
-    """Call functions with the value of each named hook point at every forward, until the block ends."""
+def listen(model: OpenModel, takers: Mapping[tuple[str, int], Take]) -> Iterator[None]:
+    """Show each (site, layer) to its taker at every forward, until the block ends."""
     points = []
     try:
-        for name, functions in observers.items():
-            point = model.hook_point(name)
+        for (site, layer), take in takers.items():
+            point = model.hook_point(hook_name(site, layer, model.shape))
             points.append(point)
-            for function in functions:
-                point.add_hook(_observer(function))
+            point.add_hook(_observer(take))
         yield
     finally:
         for point in points:
@@ -61,10 +60,7 @@ def listen(model: OpenModel, observers: Mapping[str, Sequence[Take]]) -> Iterato
 
 def run_whole(model: OpenModel, ids: torch.Tensor, takers: Mapping[tuple[str, int], Take]) -> None:
     """Run a model as it is, without its LM head. See :data:`Forward`."""
-    observers: dict[str, list[Take]] = {}
-    for (site, layer), take in takers.items():
-        observers.setdefault(hook_name(site, layer, model.shape), []).append(take)
-    with listen(model, observers):
+    with listen(model, takers):
         model.body(ids, use_cache=False)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..catalog.errors import PlanError
-from ..catalog.interventions import INTERVENTIONS, held_documents, list_parts, write_intervention_part
+from ..catalog.interventions import INTERVENTIONS, GrowingFinding
 from ..catalog.schedules import Intervention, Route, Step, branch, routes_from
 from ..catalog.sizes import parse_nbytes
 from ..console import CaptureProgress
@@ -83,6 +83,7 @@ def execute_interventions(
     total, done = sum(map(_n_tokens, plan.units)), 0
     keep_freed()
     with PeakMemory() as peak, numerics(torch.get_num_threads()), torch.inference_mode():
+        findings = {unit.view: plan.finding(unit.view) for unit in plan.units}
         trim = partial(peak.trim_above, parse_nbytes(plan.spec.max_memory) // 2)
         for unit in plan.units:
             found: list[tuple[Intervention, pa.Table]] = []
@@ -95,7 +96,7 @@ def execute_interventions(
                     found += compare_swaps(plan, batch, unit.interventions)
                 outcome.n_batches += 1
                 done += sum(len(document.token_ids) for document in documents)
-            outcome.n_rows += _write(plan, unit, found)
+            outcome.n_rows += _write(findings[unit.view], unit, found)
     outcome.n_blocks, outcome.peak_host_nbytes = blocks.n_executed, peak.nbytes
     progress("intervene", total, total)
     return outcome
@@ -105,10 +106,9 @@ def _n_tokens(unit: Unit) -> int:
     return sum(len(document.token_ids) for document in unit.documents)
 
 
-def _write(plan: InterventionPlan, unit: Unit, found: Iterable[tuple[Intervention, pa.Table]]) -> int:
+def _write(finding: GrowingFinding, unit: Unit, found: Iterable[tuple[Intervention, pa.Table]]) -> int:
     """Store a unit, without what another process has stored since the plan was made; return the rows."""
-    store, run_id, params = plan.run.store, plan.run.run_id, plan.params(unit.view)
-    held = held_documents(list_parts(store, run_id, params, view=unit.view))
+    held = finding.held()
     tables = [
         table.filter(
             np.isin(table["document"].to_numpy(), list(held.get(intervention.name, ())), invert=True)
@@ -117,15 +117,11 @@ def _write(plan: InterventionPlan, unit: Unit, found: Iterable[tuple[Interventio
     ]
     table = pa.concat_tables(tables)
     if len(table):
-        write_intervention_part(
-            store,
-            run_id,
-            params,
+        finding.write(
             interventions=unit.interventions,
             documents=[document.number for document in unit.documents],
             n_tokens=_n_tokens(unit),
             table=table,
-            view=unit.view,
         )
     return len(table)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..catalog.manifest import Manifest, read_manifest
 from ..catalog.run import Run
@@ -20,12 +18,14 @@ from .execute import execute_plan
 from .frozen import digest_json
 from .interventions import InterventionPlan
 from .missing import place_missing
+from .model import open_model
+from .partition import place_tokens
 from .placement import EncodedDocument, Prompt
 from .plan import CapturePlan, choose_geometry, plan_work
 from .spec import CaptureSpec, complete_spec
 from .worker import silent
 
-__all__ = ["capture_intervened", "plan_intervened_run"]
+__all__ = ["capture_intervened", "encoded_documents", "plan_intervened_run"]
 
 
 def capture_intervened(plan: InterventionPlan, *, progress: CaptureProgress = silent) -> list[Run]:
@@ -33,16 +33,26 @@ def capture_intervened(plan: InterventionPlan, *, progress: CaptureProgress = si
 
     Costs a whole forward of every schedule: nothing resumes here, for every layer is to be seen.
     """
-    runs = []
-    for intervention in plan.interventions if plan.spec.capture_sites else ():
-        if intervention.kind != "none":
-            planned = plan_intervened_run(plan, intervention, plan.spec.capture_sites or "")
-            run = execute_plan(planned, plan.run.store.url, progress=progress).run
-            runs += [run] if run else []
+    if plan.spec.capture_sites is None:
+        return []
+    runs: list[Run] = []
+    documents, model = encoded_documents(plan.run, plan.spec.max_documents), None
+    for intervention in plan.interventions:
+        if intervention.kind == "none":
+            continue
+        planned = plan_intervened_run(plan, intervention, plan.spec.capture_sites, documents)
+        if planned.frozen is not None and model is None:
+            model = open_model(
+                plan.model, device=planned.spec.device, compute_dtype=planned.spec.compute_dtype
+            )
+        run = execute_plan(planned, plan.run.store.url, model=model, progress=progress).run
+        runs += [run] if run else []
     return runs
 
 
-def plan_intervened_run(plan: InterventionPlan, intervention: Intervention, sites: str) -> CapturePlan:
+def plan_intervened_run(
+    plan: InterventionPlan, intervention: Intervention, sites: str, documents: list[EncodedDocument]
+) -> CapturePlan:
     """Plan the capture of a model under an intervention, on the documents that the plan looks at.
 
     The run's layers are the steps of the schedule: its layer i is the i-th block that ran, and boundary i is what
@@ -56,6 +66,8 @@ def plan_intervened_run(plan: InterventionPlan, intervention: Intervention, site
         The schedule.
     sites : str
         What to capture, as ``capture --sites`` takes it.
+    documents : list of EncodedDocument
+        The baseline's (:func:`encoded_documents`).
 
     Raises
     ------
@@ -84,8 +96,7 @@ def plan_intervened_run(plan: InterventionPlan, intervention: Intervention, site
     asked = Asked(spec=capture, sites=parse_sites(sites), store=store, model=plan.model, existing=existing)
     shape = dataclasses.replace(run.shape, n_layers=len(intervention.steps))
     geometry = choose_geometry(capture, shape, baseline.geometry.context, existing)
-    encoded = _documents(run, spec.max_documents)
-    placement = place_missing(lambda skip, _: encoded[skip:], None, geometry, asked.held)
+    placement = place_missing(lambda skip, _: documents[skip:], None, geometry, asked.held)
     current = existing or Manifest(
         run_id=run_id,
         model_id=baseline.model_id,
@@ -101,9 +112,9 @@ def plan_intervened_run(plan: InterventionPlan, intervention: Intervention, site
     return plan_work(asked, current, placement)
 
 
-def _documents(run: Run, n_documents: int | None) -> list[EncodedDocument]:
+def encoded_documents(run: Run, n_documents: int | None) -> list[EncodedDocument]:
     """Return a run's documents up to so many stored ones, as a corpus would give them; they keep their numbers."""
-    ids = dict(_token_ids(run))
+    placed = place_tokens(run.documents, run.tokens)
     documents: list[EncodedDocument] = []
     n_stored = 0
     for row in run.documents.to_pylist():
@@ -114,20 +125,13 @@ def _documents(run: Run, n_documents: int | None) -> list[EncodedDocument]:
         documents.append(
             EncodedDocument(
                 tuple(row["sources"]),
-                ids.get(row["document"], np.empty(0, dtype=np.int32)),
+                placed[row["document"]].token_ids if refusal is None else np.empty(0, dtype=np.int32),
                 row["n_source_tokens"],
                 refusal,
                 _prompt(row),
             )
         )
     return documents
-
-
-def _token_ids(run: Run) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
-    """Yield each stored document's number and tokens."""
-    numbers, token_ids = run.tokens["document"].to_numpy(), run.tokens["token_id"].to_numpy()
-    found, starts = np.unique(numbers, return_index=True)
-    yield from zip(found.tolist(), np.split(token_ids, starts[1:]), strict=True)
 
 
 def _prompt(row: dict[str, Any]) -> Prompt | None:

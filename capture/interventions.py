@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..catalog.errors import ModelError, PlanError
-from ..catalog.interventions import GrowingView, held_documents, list_parts
+from ..catalog.interventions import GrowingFinding, GrowingView
 from ..catalog.layout import model_path
 from ..catalog.mask import sample_positions
 from ..catalog.run import Run
@@ -20,6 +20,7 @@ from ..catalog.schedules import Intervention, Step, count_blocks, plan_intervent
 from ..catalog.sites import parse_sites
 from .blocks import require_family
 from .description import ModelDescription, describe_model
+from .partition import place_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,12 +123,17 @@ class InterventionPlan:
 
     def params(self, view: GrowingView) -> dict[str, Any]:
         """Return what of the request decides the numbers beyond schedule and document."""
-        return _params(self.run, self.spec, view)
+        sampled = {"positions": None if self.has_answers else self.spec.positions}
+        return sampled | {"is_resumed": self.spec.resume} if view == "interventions" else sampled
+
+    def finding(self, view: GrowingView) -> GrowingFinding:
+        """Return what the run has of a view with the parameters of the request."""
+        return GrowingFinding(self.run.store, self.run.run_id, self.params(view), view=view)
 
     @cached_property
     def has_answers(self) -> bool:
         """Whether the documents are prompts of a task, of which only the answers are looked at."""
-        return _has_answers(self.run)
+        return any(map(_is_answer, self.run.stored_documents["role"].unique().to_pylist()))
 
     @cached_property
     def has_outputs(self) -> bool:
@@ -215,21 +221,13 @@ def plan_intervention(run: Run, spec: InterventionSpec) -> InterventionPlan:
     documents = list(_measured_documents(run, spec))
     if not documents:
         raise PlanError(f"Run {run.run_id} has no document with a position to look at.")
+    plan = InterventionPlan(spec, run, _describe(run, spec), asked, swaps, ())
+    floor = _floor(asked, documents) if spec.resume else ((), ())
     units = (
-        *_missing(run, spec, "interventions", asked, documents),
-        *_missing(run, spec, "interventions", *_floor(asked, documents) if spec.resume else ((), ())),
-        *_missing(run, spec, "swap_cosine_documents", swaps, documents),
+        *_missing(plan, "interventions", (asked, documents), floor),
+        *_missing(plan, "swap_cosine_documents", (swaps, documents)),
     )
-    return InterventionPlan(spec, run, _describe(run, spec), asked, swaps, units)
-
-
-def _params(run: Run, spec: InterventionSpec, view: GrowingView) -> dict[str, Any]:
-    sampled = {"positions": None if _has_answers(run) else spec.positions}
-    return sampled | {"is_resumed": spec.resume} if view == "interventions" else sampled
-
-
-def _has_answers(run: Run) -> bool:
-    return any(map(_is_answer, run.stored_documents["role"].unique().to_pylist()))
+    return replace(plan, units=units)
 
 
 def _is_answer(role: str | None) -> bool:
@@ -278,19 +276,17 @@ def _describe(run: Run, spec: InterventionSpec) -> ModelDescription:
 
 def _measured_documents(run: Run, spec: InterventionSpec) -> Iterator[MeasuredDocument]:
     """Return the documents that were asked for, and where to look: at the answers of a task, else at the mask."""
-    table = run.stored_documents
-    token_ids, numbers = run.tokens["token_id"].to_numpy(), run.tokens["document"].to_numpy()
-    starts = np.searchsorted(numbers, table["document"].to_numpy())
+    placed = place_tokens(run.stored_documents, run.tokens)
     n_taken = 0
-    for row, start in zip(table.to_pylist(), starts.tolist(), strict=True):
-        number, n_tokens = row["document"], row["n_tokens"]
+    for row in run.stored_documents.to_pylist():
+        document = placed[row["document"]]
         if _is_answer(row["role"]):
             positions = np.arange(max(1, row["span_start"]) - 1, row["span_end"] - 1, dtype=np.int64)
         else:
-            positions = sample_positions(number, n_tokens, spec.positions)
+            positions = sample_positions(document.number, document.n_tokens, spec.positions)
         if not len(positions):
             continue
-        yield MeasuredDocument(number, token_ids[start : start + n_tokens], row["row_start"], positions)
+        yield MeasuredDocument(document.number, document.token_ids, document.row_start, positions)
         n_taken += 1
         if n_taken == spec.max_documents:
             return
@@ -307,23 +303,22 @@ def _floor(
 
 
 def _missing(
-    run: Run,
-    spec: InterventionSpec,
+    plan: InterventionPlan,
     view: GrowingView,
-    interventions: Iterable[Intervention],
-    documents: Iterable[MeasuredDocument],
+    *requests: tuple[Iterable[Intervention], Iterable[MeasuredDocument]],
 ) -> Iterator[Unit]:
-    """Return what no part holds: by partition, and by which interventions are missing there."""
-    held = held_documents(list_parts(run.store, run.run_id, _params(run, spec, view), view=view))
-    rows = run.manifest.geometry.partition_tokens
-    wanted: dict[tuple[int, tuple[Intervention, ...]], list[MeasuredDocument]] = {}
-    for document in documents:
-        missing = tuple(i for i in interventions if document.number not in held.get(i.name, ()))
-        if missing:
-            wanted.setdefault((document.row_start // rows, missing), []).append(document)
-    for (_, missing), members in sorted(wanted.items(), key=lambda item: item[0][0]):
-        for some in _cut(members, _UNIT_ROWS // len(missing)):
-            yield Unit(view, some, missing)
+    """Return what no part holds of some requests: by partition, and by which interventions are missing there."""
+    held = plan.finding(view).held()
+    rows = plan.run.manifest.geometry.partition_tokens
+    for interventions, documents in requests:
+        wanted: dict[tuple[int, tuple[Intervention, ...]], list[MeasuredDocument]] = {}
+        for document in documents:
+            missing = tuple(i for i in interventions if document.number not in held.get(i.name, ()))
+            if missing:
+                wanted.setdefault((document.row_start // rows, missing), []).append(document)
+        for (_, missing), members in sorted(wanted.items(), key=lambda item: item[0][0]):
+            for some in _cut(members, _UNIT_ROWS // len(missing)):
+                yield Unit(view, some, missing)
 
 
 def _cut(documents: Iterable[MeasuredDocument], n_positions: int) -> Iterator[tuple[MeasuredDocument, ...]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from ..catalog.bands import N_SUMS, QUERIES
 from ..catalog.errors import OverflowInCapture
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .model import OpenModel
     from .staging import Staging
 
-__all__ = ["Overflow", "PartitionBuffer", "PlacedDocument", "run_batch"]
+__all__ = ["Overflow", "PartitionBuffer", "PlacedDocument", "place_tokens", "run_batch"]
 
 Overflow = Literal["stop", "keep"]
 """What to do with a value that is not finite in the stored dtype."""
@@ -48,6 +49,24 @@ class PlacedDocument:
     def n_tokens(self) -> int:
         """Stored tokens, BOS included."""
         return len(self.token_ids)
+
+
+def place_tokens(documents: pa.Table, tokens: pa.Table) -> dict[int, PlacedDocument]:
+    """Return each stored document's tokens and place, by its number."""
+    token_ids, document = tokens["token_id"].to_numpy(), tokens["document"].to_numpy()
+    # Tokens stand in the order of their documents.
+    numbers, starts, counts = np.unique(document, return_index=True, return_counts=True)
+    spans = zip(starts.tolist(), counts.tolist(), strict=True)
+    ids = {
+        number: token_ids[start : start + count]
+        for number, (start, count) in zip(numbers.tolist(), spans, strict=True)
+    }
+    columns = (documents[name].to_pylist() for name in ("document", "status", "row_start", "pair_start"))
+    return {
+        number: PlacedDocument(number, ids[number], row_start, pair_start)
+        for number, status, row_start, pair_start in zip(*columns, strict=True)
+        if status != "refused"
+    }
 
 
 class PartitionBuffer:

@@ -13,7 +13,7 @@ from ..catalog.errors import AdapterMismatch, OverflowInCapture, SelfCheckFailed
 from ..catalog.layout import n_pairs, weight_specs
 from ..catalog.shapes import ModelShape
 from ..catalog.sites import SITES
-from .hooks import hook_name, listen, pad, unpad
+from .hooks import Take, hook_name, listen, pad, unpad
 from .model_store import weight_chunks
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _run(
 
     lengths, seen = [len(document) for document in ids], set()
 
-    def observer(site: str, layer: int) -> Callable[[torch.Tensor], None]:
+    def observer(site: str, layer: int) -> Take:
         def observe(value: torch.Tensor) -> None:
             seen.add((site, layer))
             flat = (
@@ -165,10 +165,11 @@ def _run(
 
         return observe
 
-    asked = [(site, layer) for site in sites for layer in range(SITES[site].n_layers(model.shape))]
-    observers: dict[str, list[Callable[[torch.Tensor], None]]] = {}
-    for site, layer in asked:
-        observers.setdefault(hook_name(site, layer, model.shape), []).append(observer(site, layer))
+    observers = {
+        (site, layer): observer(site, layer)
+        for site in sites
+        for layer in range(SITES[site].n_layers(model.shape))
+    }
     padded = pad(ids, device=model.device)
     logits = np.empty(0, dtype=np.float32)
     with torch.inference_mode(), listen(model, observers):
@@ -176,7 +177,7 @@ def _run(
             logits = _numpy(unpad(model.bridge.original_model(padded, use_cache=False).logits, lengths))
         else:
             model.body(padded, use_cache=False)
-    for site, layer in asked:
+    for site, layer in observers:
         if (site, layer) not in seen:
             _require_shape(None, site, layer, model.shape, lengths)
     return logits

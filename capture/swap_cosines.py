@@ -16,7 +16,7 @@ import pyarrow as pa
 from ..catalog.interventions import SWAP_COSINE_DOCUMENTS
 from ..catalog.schedules import Intervention, Step
 from .batches import Batch
-from .hooks import Take, hook_name, listen
+from .hooks import Take, listen
 from .interventions import InterventionPlan
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ def _observe(batch: Batch, layer: int, residual: torch.Tensor) -> tuple[torch.Te
     def take(component: str) -> Take:
         return lambda value: seen.update({component: batch.at_positions(value)})
 
-    points = {hook_name(f"{name}_out", layer, model.shape): [take(name)] for name in _COMPONENTS}
-    with listen(model, points):
+    with listen(model, {(f"{name}_out", layer): take(name) for name in _COMPONENTS}):
         out = batch.blocks.run(Step(layer), residual)
     return out, seen
 

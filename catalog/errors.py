@@ -64,6 +64,11 @@ class LayerLakeError(Exception):
         super().__init__(message)
         self.hint = hint
 
+    @property
+    def advice(self) -> str:
+        """The message, and behind it the hint."""
+        return f"{self} {self.hint}".rstrip()
+
 
 class NotInLake(LayerLakeError):
     """Something was asked for that the lake does not hold."""

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from .errors import CaptureInProgress, RunNotFound
 from .layout import run_path, zones_name
 from .manifest import Manifest, commit_manifest, read_manifest
+from .references import object_keys
 from .reservation import INDEXING, release_run, reserve_run, reserved_by, take_over_run
 from .run import Run, decode
 from .sites import SITES
@@ -101,13 +102,7 @@ def _read_manifest(store: Store, run_id: str) -> Manifest:
 
 
 def _shards(manifest: Manifest) -> list[_Key]:
-    return [
-        (name, layer, partition)
-        for name, partitions in manifest.sites.items()
-        if SITES[name].is_array
-        for layer in range(SITES[name].n_layers(manifest.shape))
-        for partition in partitions
-    ]
+    return [(site, layer, partition) for site, layer, partition in object_keys(manifest) if layer is not None]
 
 
 def _lacking(store: Store, manifest: Manifest) -> list[_Key]:

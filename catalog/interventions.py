@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from .findings import Finding, FindingKey, StoredTable, list_findings, write_finding
+from .errors import CorruptRun
+from .findings import Finding, FindingKey, StoredTable, describe_finding, write_finding
 from .schedules import Intervention
 from .stores import Store
 
@@ -26,10 +27,8 @@ __all__ = [
     "INTERVENTIONS",
     "SWAP_COSINE_DOCUMENTS",
     "VERSION",
+    "GrowingFinding",
     "GrowingView",
-    "held_documents",
-    "list_parts",
-    "write_intervention_part",
 ]
 
 VERSION = 1
@@ -74,62 +73,88 @@ SWAP_COSINE_DOCUMENTS = pa.schema(
 )
 
 
-def list_parts(
-    store: Store, run_id: str, params: Mapping[str, Any], *, view: GrowingView = "interventions"
-) -> list[StoredTable]:
-    """Return the parts that a run has with these parameters. Reads the footer of each."""
-    return [
-        table
-        for table in list_findings(store, view)
-        if (table.key.run, table.key.version, dict(table.key.params)) == (run_id, VERSION, dict(params))
-    ]
-
-
-def held_documents(parts: Iterable[StoredTable]) -> dict[str, set[int]]:
-    """Return :attr:`Intervention.name` → the documents that some parts hold of it."""
-    held: dict[str, set[int]] = {}
-    for part in parts:
-        extent = part.key.extents["resid"]
-        documents = {number for first, stop in extent["documents"] for number in range(first, stop)}
-        for name in extent["interventions"]:
-            held.setdefault(name, set()).update(documents)
-    return held
-
-
-def write_intervention_part(
-    store: Store,
-    run_id: str,
-    params: Mapping[str, Any],
-    *,
-    interventions: Iterable[Intervention],
-    documents: Sequence[int],
-    n_tokens: int,
-    table: pa.Table,
-    view: GrowingView = "interventions",
-) -> None:
-    """Write a part, all at once.
+class GrowingFinding:
+    """What a run has of a view with some parameters, part by part; the footer of each part is read once.
 
     Parameters
     ----------
-    store, run_id, params : Store, str, mapping
-        Where it belongs.
-    interventions, documents : iterable of Intervention, sequence of int
-        What is in it, each of the ones on each of the others, even where that gave no row.
-    n_tokens : int
-        Tokens of these documents.
-    table : pa.Table
-        ``INTERVENTIONS`` or ``SWAP_COSINE_DOCUMENTS``.
+    store, run_id : Store, str
+        Whose it is.
+    params : mapping
+        What decides the numbers beyond intervention and document.
     view : str
-        Which of them.
+        ``interventions`` or ``swap_cosine_documents``.
     """
-    extent = {
-        "n_tokens": n_tokens,
-        "documents": _stretches(sorted(documents)),
-        "interventions": sorted(intervention.name for intervention in interventions),
-    }
-    part = hashlib.sha256(json.dumps(extent, sort_keys=True).encode()).hexdigest()[:16]
-    key = FindingKey(view, VERSION, run_id, dict(params), {"resid": extent}, part)
-    write_finding(store, Finding(view, {view: table}, (key,)))
+
+    def __init__(
+        self, store: Store, run_id: str, params: Mapping[str, Any], *, view: GrowingView = "interventions"
+    ) -> None:
+        self._store, self._view, self._run_id, self._params = store, view, run_id, dict(params)
+        self._seen: set[str] = set()
+        self._parts: list[StoredTable] = []
+        self._held: dict[str, set[int]] = {}
+
+    def parts(self) -> list[StoredTable]:
+        """Return the parts that are there now; what is damaged is left out."""
+        self._look()
+        return self._parts
+
+    def held(self) -> Mapping[str, set[int]]:
+        """Return :attr:`Intervention.name` → the documents that the parts hold of it."""
+        self._look()
+        return self._held
+
+    def write(
+        self,
+        *,
+        interventions: Iterable[Intervention],
+        documents: Sequence[int],
+        n_tokens: int,
+        table: pa.Table,
+    ) -> None:
+        """Write a part, all at once.
+
+        Parameters
+        ----------
+        interventions, documents : iterable of Intervention, sequence of int
+            What is in it, each of the ones on each of the others, even where that gave no row.
+        n_tokens : int
+            Tokens of these documents.
+        table : pa.Table
+            ``INTERVENTIONS`` or ``SWAP_COSINE_DOCUMENTS``.
+        """
+        extent = {
+            "n_tokens": n_tokens,
+            "documents": _stretches(sorted(documents)),
+            "interventions": sorted(intervention.name for intervention in interventions),
+        }
+        part = hashlib.sha256(json.dumps(extent, sort_keys=True).encode()).hexdigest()[:16]
+        key = FindingKey(self._view, VERSION, self._run_id, self._params, {"resid": extent}, part)
+        write_finding(self._store, Finding(self._view, {self._view: table}, (key,)))
+
+    def _look(self) -> None:
+        """Take note of the parts that were written since the last look."""
+        for digest in self._store.list(f"findings/{self._view}"):
+            if digest in self._seen:
+                continue
+            try:
+                part = describe_finding(self._store, self._view, digest)
+            except (FileNotFoundError, CorruptRun):  # not written yet, or damaged
+                continue
+            self._seen.add(digest)
+            if (part.key.run, part.key.version, dict(part.key.params)) == (
+                self._run_id,
+                VERSION,
+                self._params,
+            ):
+                self._take(part)
+
+    def _take(self, part: StoredTable) -> None:
+        self._parts.append(part)
+        extent = part.key.extents["resid"]
+        documents = {number for first, stop in extent["documents"] for number in range(first, stop)}
+        for name in extent["interventions"]:
+            self._held.setdefault(name, set()).update(documents)
 
 
 def _stretches(numbers: Sequence[int]) -> list[list[int]]:

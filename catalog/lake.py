@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 from .errors import (
@@ -66,7 +66,26 @@ class Lake:
     @property
     def run_ids(self) -> list[str]:
         """The ids of all committed runs."""
-        return [run_id for run_id in self.store.list("runs") if self.store.list(f"runs/{run_id}/log")]
+        return list(self.iter_run_ids())
+
+    def iter_run_ids(self, beginning: str = "") -> Iterator[str]:
+        """Yield the ids of the committed runs that begin so, in order; each costs a look into its log."""
+        for run_id in self.store.list("runs"):
+            if run_id.startswith(beginning) and self.store.list(f"runs/{run_id}/log"):
+                yield run_id
+
+    def match(self, prefix: str | None = None) -> str:
+        """Return the id of the run that begins so; without a prefix, of the lake's only run.
+
+        Raises
+        ------
+        RunNotFound
+            No run fits.
+        AmbiguousRun
+            Several do.
+        """
+        fitting = list(self.iter_run_ids(prefix)) if prefix else []
+        return match_run(prefix, fitting or self.run_ids, url=self.url)
 
     def run(self, prefix: str | None = None) -> Run:
         """Open one run by its id or a unique prefix of it; without one, the lake's only run.
@@ -78,7 +97,7 @@ class Lake:
         AmbiguousRun
             Several do.
         """
-        return self._open(match_run(prefix, self.run_ids, url=self.url))
+        return self._open(self.match(prefix))
 
     def runs(self, prefixes: Sequence[str] = ()) -> list[Run]:
         """Open the runs that the prefixes name, each once, or all runs, in the order of their ids."""
@@ -95,9 +114,7 @@ class Lake:
         return opened
 
     def _match(self, prefixes: Sequence[str]) -> list[str]:
-        known = self.run_ids
-        named = dict.fromkeys(match_run(prefix, known, url=self.url) for prefix in prefixes)
-        return list(named) or known
+        return list(dict.fromkeys(map(self.match, prefixes))) or self.run_ids
 
     def _open(self, run_id: str) -> Run:
         manifest = read_manifest(self.store, run_id)

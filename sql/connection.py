@@ -92,7 +92,7 @@ def connect(
     chosen = prefixes[0] if len(prefixes) == 1 else None
     session = Session(lake, run=chosen, log=log, memory_limit=memory_limit, unsafe=unsafe)
     session.register_main()
-    for run_id in map(session.match, prefixes) if prefixes else [each.run_id for each in session.runs()]:
+    for run_id in map(lake.match, prefixes) if prefixes else [each.run_id for each in session.runs()]:
         session.register_run(run_id)
     return session.connection
 
@@ -170,7 +170,7 @@ class Session:
         # The lake's runs, as they were when first asked for. No method: what the connection owns must not own it.
         self.runs = cache(partial(_open_runs, lake.store, self._folders))
         self.restrictions: list[Restriction] = []
-        self.chosen = self._only_run() if run is None else self.match(run)
+        self.chosen = _only_run(lake) if run is None else lake.match(run)
         self._opened: dict[str, tuple[Run, dict[str, SiteScan]]] = {}
         self._registered: set[str] = set()
         self._n_unnamed = 0
@@ -313,28 +313,10 @@ class Session:
         path = ",".join(quoted(schema) for schema in schemas if schema).replace("'", "''")
         self.connection.execute(f"SET search_path = '{path}'")
 
-    # -- runs -------------------------------------------------------------------------------------
 
-    def match(self, prefix: str) -> str:
-        """Return the id of the run that begins so; a lake of thousands is listed once.
-
-        Raises
-        ------
-        RunNotFound, AmbiguousRun
-            There is none, or there are several.
-        """
-        beginning = [run_id for run_id in self._folders if run_id.startswith(prefix)]
-        fitting = [run_id for run_id in beginning if run_id == prefix] or beginning
-        if len(fitting) == 1 and self._is_committed(fitting[0]):
-            return fitting[0]
-        return self.lake.run(prefix).run_id
-
-    def _is_committed(self, run_id: str) -> bool:
-        return bool(self.lake.store.list(f"runs/{run_id}/log"))
-
-    def _only_run(self) -> str | None:
-        first = list(islice(filter(self._is_committed, self._folders), 2))
-        return first[0] if len(first) == 1 else None
+def _only_run(lake: Lake) -> str | None:
+    first = list(islice(lake.iter_run_ids(), 2))
+    return first[0] if len(first) == 1 else None
 
 
 def _open_runs(store: Store, folders: Sequence[str]) -> list[Run]:

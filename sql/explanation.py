@@ -78,13 +78,8 @@ class Explanation:
         return sum(site.nbytes_stored for site in self.sites)
 
     def __str__(self) -> str:
-        found = [
-            f"{each.relation} of {each.run}: joins, subqueries and functions leave {each.n_keys} "
-            f"({', '.join(each.columns)})"
-            for each in self.keys
-        ]
         total = f"read {self.n_chunks} of {self.n_chunks_stored} chunks ({self.nbytes} of {self.nbytes_stored} bytes)"
-        return "\n".join([*map(str, self.sites), *found, total])
+        return "\n".join([*map(str, self.sites), *map(str, self.keys), total])
 
 
 def explain(

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from ..catalog.manifest import Partition
 from ..catalog.run import Run, decode
 from ..catalog.sites import SITES
+from .bounds import chunks_with_norm_above
 from .dataset import filtered, mentions, possible
 from .keys import Keys
 from .labels import PAIR_LABELS, TOKEN_LABELS, Labels
@@ -107,12 +108,25 @@ class SiteScan:
         """The columns that count from 0 wherever the others are equal: layer and head, query and key."""
         return (*self._axes, "query", "key") if self.is_pairs else self._axes
 
+    @property
+    def partitions(self) -> list[Partition]:
+        """The partitions that all of the relation's sites hold."""
+        manifest = self.run.manifest
+        return [
+            p for p in manifest.partitions if all(p.index in manifest.sites[s] for s in self.relation.sites)
+        ]
+
     def batches(
-        self, columns: Sequence[str], where: pc.Expression | None, keys: Keys | None = None
+        self,
+        columns: Sequence[str],
+        where: pc.Expression | None,
+        keys: Keys | None = None,
+        min_norm: float | None = None,
     ) -> Iterator[pa.RecordBatch]:
         """Yield the rows that pass the filter, partition by partition, layer by layer (see :data:`Scan`).
 
-        Rows that are not among the ``keys`` are left out. Reads the token table once; of the arrays, the chunks
+        Rows that are not among the ``keys`` are left out, and so are chunks in which no vector's norm can reach
+        ``min_norm`` (the zones of the layers that are left tell). Reads the token table once; of the arrays, the chunks
         that hold the rows, if ``columns`` or the filter names the values. Memory: one layer of one partition, in
         float32.
         """
@@ -131,6 +145,9 @@ class SiteScan:
                     rows = keys.pick(rows)
                 if where is not None and not is_late:
                     rows = filtered(rows, where)
+                if min_norm is not None and rows.num_rows:
+                    chunks = chunks_with_norm_above(self.run, self.relation, place[0], partition, min_norm)
+                    rows = rows.filter(np.isin(rows[_INDEX].to_numpy() // self._chunk_rows, chunks))
                 if not rows.num_rows:
                     continue
                 if needs_values:
@@ -156,11 +173,8 @@ class SiteScan:
         return list(itertools.product(*kept))
 
     def _possible_partitions(self, where: pc.Expression | None) -> list[Partition]:
-        """Return the partitions that all of the relation's sites hold and whose rows may pass the filter."""
-        manifest = self.run.manifest
-        held = [
-            p for p in manifest.partitions if all(p.index in manifest.sites[s] for s in self.relation.sites)
-        ]
+        """Return the partitions whose rows may pass the filter."""
+        held = self.partitions
         if where is None:
             return held
         return [held[i] for i in possible(where, self.schema, [self._guarantee(p) for p in held])]

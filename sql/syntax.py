@@ -14,6 +14,7 @@ __all__ = [
     "alias_of",
     "all_of",
     "conjuncts",
+    "floor_of",
     "is_pushed",
     "joins_of",
     "leaves_of",
@@ -161,6 +162,21 @@ def is_pushed(condition: Node) -> bool:
         if all(isinstance(side, dict) and side.get("class") == "COLUMN_REF" for side in sides):
             return False
     return True
+
+
+def floor_of(condition: Node, function: str) -> tuple[Node, Node] | None:
+    """Return x and the bound of ``function(x) > bound``, or of what says as much; None of another condition."""
+    if condition["class"] == "BETWEEN":
+        value, bound = condition["input"], condition["lower"]
+    elif condition["type"] in ("COMPARE_GREATERTHAN", "COMPARE_GREATERTHANOREQUALTO"):
+        value, bound = condition["left"], condition["right"]
+    elif condition["type"] in ("COMPARE_LESSTHAN", "COMPARE_LESSTHANOREQUALTO"):
+        bound, value = condition["left"], condition["right"]
+    else:
+        return None
+    if value.get("function_name") != function or len(value["arguments"]) != 1:
+        return None
+    return value["arguments"][0]["expression"], bound
 
 
 def needs(tree: Node, columns: set[str], tables: set[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Questions about values that zones answer without reading them all: the largest of a unit, norms above a threshold."""
+"""The tokens at which a unit is largest: zones tell in which chunks to look first, and when to stop."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..catalog.errors import QueryError, SiteNotFound, did_you_mean
-from ..catalog.manifest import Partition
 from ..catalog.run import Run
 from ..catalog.sites import SITES
-from ..catalog.zones import read_zones
+from .bounds import Floats, Ints, chunk_bounds, floats
 from .labels import TOKEN_LABELS, Labels
 from .reads import ReadLog
 from .scan import SITE_RELATIONS, SiteScan
 
-__all__ = ["TOP_TOKENS", "chunks_with_norm_above", "top_tokens"]
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
+__all__ = ["TOP_TOKENS", "top_tokens"]
 
 TOP_TOKENS = pa.schema(
     [
@@ -82,8 +77,8 @@ def top_tokens(
 
     def largest(zones: pa.Table) -> Floats:
         if "unit_max" not in zones.column_names:
-            return _floats(zones["max"])
-        return _floats(pc.list_element(zones["unit_max"], unit))
+            return floats(zones["max"])
+        return floats(pc.list_element(zones["unit_max"], unit))
 
     chunks, bounds = _bounds(run, scan, layer, largest)
     best = TOP_TOKENS.empty_table()
@@ -94,26 +89,6 @@ def top_tokens(
         order = pc.sort_indices(found, [("value", "descending"), ("row", "ascending")])
         best = found.take(order[:k])
     return best
-
-
-def chunks_with_norm_above(run: Run, site: str, layer: int, threshold: float) -> list[int]:
-    """Return the chunks of a layer that may hold a vector for which SQL's ``norm(vec) > threshold``, in order.
-
-    Those without zones, and those that hold a value that is not finite, are among them. Reads the layer's zones.
-
-    Raises
-    ------
-    SiteNotFound
-        There is no such site, or the run lacks it.
-    QueryError
-        The site has no such layer.
-    """
-    scan = _vectors(run, site, layer, None)
-    chunks, bounds = _bounds(run, scan, layer, lambda zones: _floats(zones["norm_max"]))
-    # float32 sums of as many squares may differ by so much, and squares may be too small or too large for it
-    bounds = bounds * np.float32(1 + (scan.site.width(run.shape) + 4) * 2.0**-23) + np.float32(1e-15)
-    bounds[bounds > 1e19] = np.inf
-    return sorted(chunks[~(bounds < threshold)].tolist())
 
 
 def _vectors(run: Run, site: str, layer: int, log: ReadLog | None) -> SiteScan:
@@ -137,28 +112,9 @@ def _vectors(run: Run, site: str, layer: int, log: ReadLog | None) -> SiteScan:
 
 
 def _bounds(run: Run, scan: SiteScan, layer: int, bound: Callable[[pa.Table], Floats]) -> tuple[Ints, Floats]:
-    """Return the chunks of a layer, and how large something may be in each: infinite where it is not known.
-
-    ``bound`` takes it from a shard's zones. Where a relation adds sites up, so do their bounds.
-    """
-    relation, manifest = scan.relation, run.manifest
-    held = [p for p in manifest.partitions if all(p.index in manifest.sites[s] for s in relation.sites)]
-    chunk_rows = manifest.geometry.chunk_rows[scan.site.name]
-
-    def of_partition(partition: Partition) -> tuple[Ints, Floats]:
-        start, stop = run.span(scan.site.name, partition)
-        chunks = np.arange(start // chunk_rows, -(-stop // chunk_rows))
-        total = np.zeros(len(chunks), np.float32)
-        for name in relation.sites:
-            zones = read_zones(run, name, layer + relation.shift, partition.index)
-            if zones is None:
-                total += np.inf
-            else:
-                total += np.where(zones["n_nonfinite"].to_numpy() > 0, np.inf, bound(zones))
-        return chunks, total
-
+    """Return the chunks of a layer in all partitions, and a bound on each (:func:`chunk_bounds`)."""
     with ThreadPoolExecutor(_N_READS) as pool:
-        found = list(pool.map(of_partition, held))
+        found = list(pool.map(lambda p: chunk_bounds(run, scan.relation, layer, p, bound), scan.partitions))
     if not found:
         return np.empty(0, np.int64), np.empty(0, np.float32)
     chunks, bounds = zip(*found, strict=True)
@@ -173,8 +129,3 @@ def _values(scan: SiteScan, layer: int, chunk: int, unit: int) -> pa.Table:
     table = pa.Table.from_batches(batches)  # no chunk is without a row
     values = table.select(labels).append_column("value", pc.list_element(table["vec"], unit))
     return values.filter(pc.invert(pc.is_nan(values["value"]))).cast(TOP_TOKENS)
-
-
-def _floats(column: pa.ChunkedArray) -> Floats:
-    values: Floats = column.to_numpy()
-    return values

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -24,15 +24,16 @@ import pyarrow as pa
 from ..catalog.errors import LayerLakeError
 from .dataset import LazyDataset
 from .keys import Keys, key_columns, labels_of
+from .scopes import Scopes
 from .syntax import (
     Node,
     alias_of,
     all_of,
     conjuncts,
+    floor_of,
     is_pushed,
     joins_of,
     leaves_of,
-    name_of,
     names_in,
     needs,
     parse,
@@ -40,7 +41,6 @@ from .syntax import (
     plain,
     quoted,
     region_of,
-    render,
     varies,
     walk,
 )
@@ -66,9 +66,20 @@ class Restriction:
 
     run: str
     relation: str
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] = ()
     """The columns whose combinations are known."""
-    n_keys: int
+    n_keys: int | None = None
+    """How many combinations; None where there is no such thing to know."""
+    min_norm: float | None = None
+    """What norm a vector has to reach, if the query says so: zones tell in which chunks none can."""
+
+    def __str__(self) -> str:
+        found = []
+        if self.n_keys is not None:
+            found.append(f"joins, subqueries and functions leave {self.n_keys} ({', '.join(self.columns)})")
+        if self.min_norm is not None:
+            found.append(f"zones tell where a norm can reach {self.min_norm:g}")
+        return f"{self.relation} of {self.run}: {'; '.join(found)}"
 
 
 def in_two_phases(
@@ -109,12 +120,11 @@ class _Query:
         self.tree: Node = parse(self.connection, text)["node"]
         listed = {str(place): value for place, value in enumerate(params, start=1)} if params else {}
         self.params: Mapping[str, Any] = params if isinstance(params, dict) else listed
-        self.ctes: list[Node] = []
+        self.scopes = Scopes(self.connection, self.tree)
         self.splices: dict[int, tuple[int, str]] = {}
 
     def plan(self) -> tuple[str, dict[str, Any] | None] | None:
         """Return the query's text and parameters with all that was found out; None if that is nothing."""
-        self._resolve(self.tree, {})
         self._restrict_all(self.tree)
         if not self.splices:
             return None
@@ -140,66 +150,10 @@ class _Query:
         names = {node["identifier"] for node in walk(tree) if node.get("class") == "PARAMETER"}
         return {name: value for name, value in self.params.items() if name in names} or None
 
-    # -- names ------------------------------------------------------------------------------------
-
-    def _resolve(self, tree: Any, scope: Mapping[str, int]) -> None:
-        """Mark every table's name that is a common table expression's with the number of that (``_cte``)."""
-        if isinstance(tree, list):
-            for item in tree:
-                self._resolve(item, scope)
-        if not isinstance(tree, dict):
-            return
-        for entry in tree.get("cte_map", {}).get("map", []):
-            definition, number = entry["value"]["query_node"], len(self.ctes)
-            self.ctes.append(entry)
-            entry["_number"] = number
-            after = {**scope, entry["key"].casefold(): number}
-            self._resolve(definition, after if definition["type"] == "RECURSIVE_CTE_NODE" else scope)
-            scope = after
-        if tree.get("type") == "BASE_TABLE" and len(path_of(tree)) == 1 and name_of(tree) in scope:
-            tree["_cte"] = scope[name_of(tree)]
-        for field, item in tree.items():
-            if field != "cte_map":
-                self._resolve(item, scope)
-
     def _site(self, leaf: Node) -> SiteScan | None:
         return (
             self.session.site(path_of(leaf)) if leaf["type"] == "BASE_TABLE" and "_cte" not in leaf else None
         )
-
-    def _definition(self, number: int) -> Node:
-        node: Node = self.ctes[number]["value"]["query_node"]
-        return node
-
-    def _ctes_of(self, tree: Node) -> set[int]:
-        """Return the common table expressions that a tree needs, those that these need included."""
-        needed: set[int] = set()
-        pending = [tree]
-        while pending:
-            new = {node["_cte"] for node in walk(pending.pop()) if "_cte" in node} - needed
-            needed |= new
-            pending += map(self._definition, new)
-        return needed
-
-    def _outer_ctes(self, query: Node) -> list[int]:
-        """Return those of them that are defined around it, in their order."""
-        inside = {node["_number"] for node in walk(query) if "_number" in node}
-        return sorted(self._ctes_of(query).difference(inside))
-
-    def _standalone(self, query: Node) -> str | None:
-        """Return the text of a part of the query that can run by itself; None if it has none that is certain."""
-        needed = self._outer_ctes(query)
-        names = [self.ctes[number]["key"].casefold() for number in needed]
-        others = {
-            name_of(node)
-            for part in [query, *map(self._definition, needed)]
-            for node in walk(part)
-            if node.get("type") == "BASE_TABLE" and node.get("_cte") not in needed
-        }
-        if len(set(names)) < len(names) or others.intersection(names):
-            return None  # in one WITH, they would not mean the same
-        whole = [*(self.ctes[number] for number in needed), *query["cte_map"]["map"]]
-        return render(self.connection, {**query, "cte_map": {"map": whole}})
 
     # -- SELECT by SELECT -------------------------------------------------------------------------
 
@@ -229,20 +183,24 @@ class _Query:
         for leaf in leaves:
             self._keep_leaf(leaf)
         # all first phases come first: a site that is restricted has another name
-        found = [(leaf, scan, self._keys(select, leaf, scan)) for leaf, scan in sites]
-        for leaf, scan, keys in found:
-            if keys is not None:
-                self._narrow(leaf, scan, keys)
+        found = [
+            (leaf, scan, self._keys(select, leaf, scan), self._min_norm(select, leaf)) for leaf, scan in sites
+        ]
+        for leaf, scan, keys, min_norm in found:
+            if keys is not None or min_norm is not None:
+                self._narrow(leaf, scan, keys, min_norm)
 
-    def _narrow(self, leaf: Node, scan: SiteScan, keys: Keys) -> None:
-        """Put a relation that has the keys' rows alone in a site's place."""
+    def _narrow(self, leaf: Node, scan: SiteScan, keys: Keys | None, min_norm: float | None) -> None:
+        """Put a relation that has nothing but what a SELECT can need in a site's place."""
 
         def batches(columns: Sequence[str], where: pc.Expression | None) -> Iterator[pa.RecordBatch]:
-            return scan.batches(columns, where, keys)
+            return scan.batches(columns, where, keys, min_norm)
 
         name = self.session.add_unnamed(_SCHEMA, LazyDataset(scan.schema, batches))
         self._rename(leaf, name)
-        given = Restriction(scan.run.run_id, scan.relation.name, keys.names, keys.n_keys)
+        given = Restriction(scan.run.run_id, scan.relation.name, min_norm=min_norm)
+        if keys is not None:
+            given = replace(given, columns=keys.names, n_keys=keys.n_keys)
         self.session.restrictions.append(given)
 
     def _rename(self, leaf: Node, name: str) -> None:
@@ -271,7 +229,7 @@ class _Query:
 
     def _keep_leaf(self, leaf: Node) -> None:
         """Do the same to a subquery or a function in FROM that may give other rows each time."""
-        if self._is_repeatable(leaf):
+        if self.scopes.is_repeatable(leaf):
             return
         if leaf["type"] == "SUBQUERY" and (name := self._keep(leaf["subquery"]["node"])):
             self._splice(leaf, f"{quoted(_SCHEMA)}.{quoted(name)}")
@@ -281,8 +239,8 @@ class _Query:
 
     def _keep_ctes(self, part: Node) -> None:
         """Run the common table expressions of a part that may give other rows each time, for all places at once."""
-        for number in sorted(self._ctes_of(part)):
-            if self._is_repeatable(self._definition(number)):
+        for number in sorted(self.scopes.ctes_of(part)):
+            if self.scopes.is_repeatable(self.scopes.definition(number)):
                 continue
             places = [node for node in walk(self.tree) if node.get("_cte") == number]
             if name := self._keep(self._everything_of(places[0]), shares=False):
@@ -299,9 +257,9 @@ class _Query:
 
         Nor does it where it ``shares`` a common table expression with others, and its rows might be others then.
         """
-        text = self._standalone(query)
-        shared = map(self._definition, self._outer_ctes(query) if shares else ())
-        if text is None or not all(map(self._is_repeatable, shared)):
+        text = self.scopes.standalone(query)
+        shared = map(self.scopes.definition, self.scopes.outer_ctes(query) if shares else ())
+        if text is None or not all(map(self.scopes.is_repeatable, shared)):
             return None
         try:
             bound = self.session.sql(text, self._params_of(query))
@@ -347,11 +305,37 @@ class _Query:
         named = ", ".join(f"{quoted(alias_of(leaf))}.{name}" for name in columns)
         query = parse(self.connection, f"SELECT DISTINCT {named}")["node"]
         query["from_table"], query["where_clause"] = source, all_of(self.connection, where)
-        text = self._standalone(query)
+        text = self.scopes.standalone(query)
         if text is None:
             return None
         rows = self.connection.sql(text, params=self._params_of(query)).limit(MAX_KEYS + 1).to_arrow_table()
         return Keys(rows.rename_columns(columns)) if rows.num_rows <= MAX_KEYS else None
+
+    def _min_norm(self, select: Node, leaf: Node) -> float | None:
+        """Return what norm WHERE wants a site's vectors to reach, if it does; without it, their rows are dropped."""
+        source, tables = region_of(select["from_table"], leaf)
+        if source is None or tables is not None or leaf["column_name_alias"] or varies(leaf):
+            return None
+        names = [alias_of(each).casefold() for each in leaves_of(select["from_table"])]
+        alias, known = alias_of(leaf).casefold(), []
+        for condition in conjuncts(select["where_clause"]):
+            value, bound = floor_of(condition, "norm") or ({}, {})
+            (named,) = tuple(names_in(value)) if value.get("class") == "COLUMN_REF" else ((),)
+            if named == ("vec",) or (named == (alias, "vec") and names.count(alias) == 1):
+                known.append(self._constant(bound))
+        return max((number for number in known if number is not None), default=None)
+
+    def _constant(self, part: Node) -> float | None:
+        """Return the number that a part of the query stands for; None if it depends on rows or on chance."""
+        if next(names_in(part), None) is not None or not self.scopes.is_repeatable(part):
+            return None
+        query = parse(self.connection, "SELECT CAST(1 AS DOUBLE)")["node"]
+        query["select_list"][0]["child"] = part
+        text = self.scopes.standalone(query)
+        if text is None:
+            return None
+        ((number,),) = self.connection.sql(text, params=self._params_of(query)).fetchall()
+        return None if number is None else float(number)
 
     def _are_sets(self, joins: Sequence[Node], sites: Mapping[str, SiteScan]) -> bool:
         """Tell whether joins have the same rows, as a set, without the sites' values; leave out conditions on these.
@@ -372,12 +356,9 @@ class _Query:
     def _is_certain(self, part: Node, sites: Mapping[str, SiteScan], *, has_values: bool = False) -> bool:
         """Tell whether a part of the query has one meaning, and has it without the values of the sites around it."""
         values = set() if has_values else {scan.schema.names[-1] for scan in sites.values()}
-        return self._is_repeatable(part) and not needs(part, values, {name.casefold() for name in sites})
-
-    def _is_repeatable(self, tree: Node) -> bool:
-        """Tell whether a part of the query gives the same, as a set of rows or as a truth, whenever it is asked."""
-        parts = [tree, *map(self._definition, self._ctes_of(tree))]
-        return not any(varies(node) for part in parts for node in walk(part))
+        return self.scopes.is_repeatable(part) and not needs(
+            part, values, {name.casefold() for name in sites}
+        )
 
 
 def _table(connection: duckdb.DuckDBPyConnection, name: str, alias: str) -> Node:

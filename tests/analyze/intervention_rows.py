@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from layerlake.catalog.interventions import INTERVENTIONS, write_intervention_part
+from layerlake.catalog.interventions import INTERVENTIONS, GrowingFinding
 from layerlake.catalog.run import Run
 from layerlake.catalog.schedules import Intervention, Step, plan_interventions
 
@@ -82,10 +82,7 @@ def write_rows(
                 given = {k: v(i, document, position) if callable(v) else v for k, v in columns.items()}
                 rows.append(row | given)
     table = pa.Table.from_pylist(rows, schema=INTERVENTIONS)
-    write_intervention_part(
-        run.store,
-        run.run_id,
-        {"positions": positions, "is_resumed": is_resumed},
+    GrowingFinding(run.store, run.run_id, {"positions": positions, "is_resumed": is_resumed}).write(
         interventions=interventions,
         documents=list(at),
         n_tokens=sum(map(len, at.values())),

@@ -11,7 +11,7 @@ import pytest
 
 from layerlake.analyze.analyses import run_analysis
 from layerlake.catalog.errors import AnalysisError
-from layerlake.catalog.interventions import SWAP_COSINE_DOCUMENTS, write_intervention_part
+from layerlake.catalog.interventions import SWAP_COSINE_DOCUMENTS, GrowingFinding
 from layerlake.catalog.lake import Lake
 from layerlake.catalog.run import Run
 from layerlake.catalog.schedules import plan_interventions
@@ -33,10 +33,13 @@ def write(
         } | given
         for swap in SWAPS for component in ("attn", "mlp") for kind in KINDS for document in documents
     ]  # fmt: skip
-    write_intervention_part(
-        run.store, run.run_id, {"positions": positions}, interventions=SWAPS, documents=documents, n_tokens=9,
-        table=pa.Table.from_pylist(rows, SWAP_COSINE_DOCUMENTS), view="swap_cosine_documents",
-    )  # fmt: skip
+    finding = GrowingFinding(run.store, run.run_id, {"positions": positions}, view="swap_cosine_documents")
+    finding.write(
+        interventions=SWAPS,
+        documents=documents,
+        n_tokens=9,
+        table=pa.Table.from_pylist(rows, SWAP_COSINE_DOCUMENTS),
+    )
     return rows
 
 

@@ -26,7 +26,7 @@ from layerlake.capture.interventions import InterventionSpec, Unit, plan_interve
 from layerlake.capture.model import open_model
 from layerlake.capture.spec import CaptureSpec
 from layerlake.catalog.errors import CorruptRun, PlanError
-from layerlake.catalog.interventions import INTERVENTIONS, list_parts
+from layerlake.catalog.interventions import INTERVENTIONS, GrowingFinding
 from layerlake.catalog.lake import Lake
 from layerlake.catalog.run import Run
 from layerlake.catalog.schedules import count_blocks, plan_interventions
@@ -67,7 +67,7 @@ def intervene(run: Run, **options: Any) -> tuple[Any, Any]:
 
 def rows(run: Run, **params: Any) -> pd.DataFrame:
     """What the lake holds, without the floor, in an order of its own."""
-    parts = list_parts(run.store, run.run_id, {"positions": None, "is_resumed": True} | params)
+    parts = GrowingFinding(run.store, run.run_id, {"positions": None, "is_resumed": True} | params).parts()
     table: pd.DataFrame = (
         read_parts(run.store, [p.path for p in parts]).select(INTERVENTIONS.names).to_pandas()
     )
@@ -121,7 +121,7 @@ def test_resumed_it_is_the_whole_to_the_last_bit_and_what_hugging_face_has(
 def test_nothing_changed_nothing_moved(run: Run) -> None:
     """In a float32 lake a no-op ends where the model ends, from every boundary, as far as batches are alike."""
     intervene(run, drop="all", schedules=("0-2",))
-    parts = list_parts(run.store, run.run_id, {"positions": None, "is_resumed": True})
+    parts = GrowingFinding(run.store, run.run_id, {"positions": None, "is_resumed": True}).parts()
     table = read_parts(run.store, [part.path for part in parts]).to_pandas()
     floor = table[table["kind"] == "noop"]
     assert sorted(floor["layer"].unique()) == [0, 1, 2]
@@ -282,7 +282,7 @@ def test_killed_between_parts_it_goes_on(run: Run, tmp_path: Path) -> None:
     process.join(timeout=120)
     assert process.exitcode == -9
 
-    assert len(list_parts(run.store, run.run_id, plan.params("interventions"))) == 2
+    assert len(plan.finding("interventions").parts()) == 2
     left, rest = intervene(run, drop="all", swap="all")
     assert len(left.units) == len(plan.units) - 2 > 0
     assert rest.n_blocks == outcome.n_blocks - 2 * plan.n_blocks

@@ -11,11 +11,10 @@ import pytest
 
 from layerlake.capture.execute import capture_run, execute_plan
 from layerlake.capture.intervene import execute_interventions
-from layerlake.capture.intervened import capture_intervened, plan_intervened_run
+from layerlake.capture.intervened import capture_intervened, encoded_documents, plan_intervened_run
 from layerlake.capture.interventions import InterventionSpec, plan_intervention
 from layerlake.capture.spec import CaptureSpec
 from layerlake.catalog.errors import NotInLake, PlanError, SiteNotFound
-from layerlake.catalog.interventions import list_parts
 from layerlake.catalog.run import Run
 from layerlake.catalog.tables import read_parts
 from layerlake.catalog.verify import verify_lake
@@ -33,7 +32,9 @@ def baseline(request: pytest.FixtureRequest, make_spec: MakeSpec, tmp_path: Path
 def capture(run: Run, sites: str, *, max_documents: int | None = None, **what: Any) -> Run:
     """Capture the first intervention of those that are asked for."""
     plan = plan_intervention(run, InterventionSpec(max_documents=max_documents, **what))
-    made = execute_plan(plan_intervened_run(plan, plan.interventions[1], sites), run.store.url).run
+    documents = encoded_documents(run, max_documents)
+    planned = plan_intervened_run(plan, plan.interventions[1], sites, documents)
+    made = execute_plan(planned, run.store.url).run
     assert made is not None
     return made
 
@@ -66,7 +67,7 @@ def test_its_end_is_where_the_intervention_was_measured(baseline: Run, what: dic
     run = capture(baseline, "resid", **what)
     plan = plan_intervention(baseline, InterventionSpec(**what))
     execute_interventions(plan)
-    parts = list_parts(baseline.store, baseline.run_id, plan.params("interventions"))
+    parts = plan.finding("interventions").parts()
     rows = read_parts(baseline.store, [part.path for part in parts]).to_pandas()
     rows = rows[
         (rows["kind"] == plan.interventions[1].kind) & (rows["schedule"] == plan.interventions[1].schedule)
@@ -107,7 +108,8 @@ def test_the_identity_is_the_baseline_again(baseline: Run) -> None:
 def test_the_same_again_does_nothing_and_more_is_added(baseline: Run) -> None:
     first = capture(baseline, "resid", drop="1", max_documents=3)
     plan = plan_intervention(baseline, InterventionSpec(drop="1", max_documents=3))
-    assert plan_intervened_run(plan, plan.interventions[1], "resid").frozen is None
+    documents = encoded_documents(baseline, 3)
+    assert plan_intervened_run(plan, plan.interventions[1], "resid", documents).frozen is None
     more_sites = capture(baseline, "resid,mlp_out", drop="1", max_documents=3)
     assert (more_sites.run_id, more_sites.sites) == (first.run_id, ("resid", "mlp_out"))
     longer = capture(baseline, "resid,mlp_out", drop="1")

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerlake.capture.description import describe_model
-from layerlake.capture.execute import capture_run, execute_plan, numerics, place_tokens
+from layerlake.capture.execute import capture_run, execute_plan, numerics
 from layerlake.capture.hooks import listen, pad, unpad
 from layerlake.capture.model import OpenModel, open_model
-from layerlake.capture.partition import PartitionBuffer, run_batch
+from layerlake.capture.partition import PartitionBuffer, place_tokens, run_batch
 from layerlake.capture.plan import plan_capture
 from layerlake.capture.spec import CaptureSpec
 from layerlake.capture.staging import Staging
@@ -63,7 +63,7 @@ def test_listening_ends_with_the_block_even_if_it_raises(opened: OpenModel) -> N
     ids = torch.ones((1, 3), dtype=torch.int64)
 
     def listen_and_stop() -> None:
-        with listen(opened, {"blocks.0.hook_attn_out": [lambda _: seen.append(1)]}):
+        with listen(opened, {("attn_out", 0): lambda _: seen.append(1)}):
             opened.body(ids, use_cache=False)
             raise RuntimeError("stop")
 

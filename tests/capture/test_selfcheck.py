@@ -15,6 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from layerlake.capture import hooks, model, model_shape, selfcheck
 from layerlake.capture.description import describe_model
 from layerlake.capture.execute import capture_run
+from layerlake.capture.hooks import hook_name
 from layerlake.capture.model import OpenModel, open_model
 from layerlake.capture.selfcheck import check_model
 from layerlake.capture.spec import CaptureSpec
@@ -33,9 +34,10 @@ def _listen_elsewhere(site: str, elsewhere: str) -> Callable[[pytest.MonkeyPatch
 
     def sabotage(patch: pytest.MonkeyPatch) -> None:
         def name(asked: str, layer: int, shape: ModelShape) -> str:
-            return elsewhere.format(layer) if asked == site else hooks.hook_name(asked, layer, shape)
+            return elsewhere.format(layer) if asked == site else hook_name(asked, layer, shape)
 
-        patch.setattr(selfcheck, "hook_name", name)
+        for module in (hooks, selfcheck):
+            patch.setattr(module, "hook_name", name)
 
     return sabotage
 
@@ -43,9 +45,9 @@ def _listen_elsewhere(site: str, elsewhere: str) -> Callable[[pytest.MonkeyPatch
 def _normed_last_boundary(patch: pytest.MonkeyPatch) -> None:
     def name(site: str, layer: int, shape: ModelShape) -> str:
         is_last = site == "resid" and layer == shape.n_layers
-        return "ln_final.hook_out" if is_last else hooks.hook_name(site, layer, shape)
+        return "ln_final.hook_out" if is_last else hook_name(site, layer, shape)
 
-    patch.setattr(selfcheck, "hook_name", name)
+    patch.setattr(hooks, "hook_name", name)
 
 
 def _transposed_output_weight(patch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from layerlake.capture.execute import capture_run
 from layerlake.capture.intervene import execute_interventions
 from layerlake.capture.interventions import InterventionSpec, plan_intervention
 from layerlake.capture.spec import CaptureSpec
-from layerlake.catalog.interventions import GrowingView, list_parts
+from layerlake.catalog.interventions import GrowingView
 from layerlake.catalog.run import Run
 from layerlake.catalog.tables import read_parts
 
@@ -38,7 +38,7 @@ def measure(run: Run, **options: Any) -> tuple[pd.DataFrame, int]:
     plan = plan_intervention(run, InterventionSpec(swap_cosines="all", **options))
     n_blocks = execute_interventions(plan).n_blocks
     view: GrowingView = "swap_cosine_documents"
-    parts = list_parts(run.store, run.run_id, plan.params(view), view=view)
+    parts = plan.finding(view).parts()
     table = read_parts(run.store, [part.path for part in parts]).to_pandas()
     return table.sort_values(ORDER, ignore_index=True), n_blocks
 

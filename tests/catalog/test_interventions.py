@@ -12,9 +12,7 @@ from layerlake.catalog.findings import newest_findings
 from layerlake.catalog.interventions import (
     INTERVENTIONS,
     SWAP_COSINE_DOCUMENTS,
-    held_documents,
-    list_parts,
-    write_intervention_part,
+    GrowingFinding,
 )
 from layerlake.catalog.run import Run
 from layerlake.catalog.schedules import Intervention, plan_interventions
@@ -38,8 +36,8 @@ def run(make_run: Callable[..., Run]) -> Run:
 
 
 def write(run: Run, interventions: tuple[Intervention, ...], documents: list[int]) -> None:
-    write_intervention_part(
-        run.store, run.run_id, PARAMS, interventions=interventions, documents=documents, n_tokens=9,
+    GrowingFinding(run.store, run.run_id, PARAMS).write(
+        interventions=interventions, documents=documents, n_tokens=9,
         table=rows(run, interventions, documents),
     )  # fmt: skip
 
@@ -47,7 +45,7 @@ def write(run: Run, interventions: tuple[Intervention, ...], documents: list[int
 def test_parts_say_which_interventions_they_hold_on_which_documents(run: Run) -> None:
     write(run, DROPS[:2], [4, 0, 1])
     write(run, DROPS[1:], [2, 4])
-    held = held_documents(list_parts(run.store, run.run_id, PARAMS))
+    held = GrowingFinding(run.store, run.run_id, PARAMS).held()
     expected = ({0, 1, 4}, {0, 1, 2, 4}, {2, 4})
     assert held == {i.name: documents for i, documents in zip(DROPS, expected, strict=True)}
 
@@ -56,20 +54,19 @@ def test_a_view_shows_all_parts_and_each_once(run: Run) -> None:
     write(run, DROPS, [0])
     write(run, DROPS, [1, 2])
     write(run, DROPS, [1, 2])  # the same part again takes its own place
-    parts = list_parts(run.store, run.run_id, PARAMS)
+    parts = GrowingFinding(run.store, run.run_id, PARAMS).parts()
     assert sorted(part.n_rows for part in parts) == [3, 6]
     assert len(newest_findings(parts)) == 2
 
 
 def test_parts_of_other_runs_parameters_and_views_are_apart(run: Run) -> None:
     write(run, DROPS, [0])
-    assert not list_parts(run.store, "another", PARAMS)
-    assert not list_parts(run.store, run.run_id, PARAMS | {"positions": 8})
-    assert not list_parts(run.store, run.run_id, PARAMS, view="swap_cosine_documents")
-    write_intervention_part(
-        run.store, run.run_id, {"positions": 8}, interventions=DROPS, documents=[0], n_tokens=1,
-        table=SWAP_COSINE_DOCUMENTS.empty_table(), view="swap_cosine_documents",
-    )  # fmt: skip
-    (part,) = list_parts(run.store, run.run_id, {"positions": 8}, view="swap_cosine_documents")
+    assert not GrowingFinding(run.store, "another", PARAMS).parts()
+    assert not GrowingFinding(run.store, run.run_id, PARAMS | {"positions": 8}).parts()
+    assert not GrowingFinding(run.store, run.run_id, PARAMS, view="swap_cosine_documents").parts()
+    cosines = GrowingFinding(run.store, run.run_id, {"positions": 8}, view="swap_cosine_documents")
+    assert not cosines.parts()
+    cosines.write(interventions=DROPS, documents=[0], n_tokens=1, table=SWAP_COSINE_DOCUMENTS.empty_table())
+    (part,) = cosines.parts()
     assert part.schema == SWAP_COSINE_DOCUMENTS
     assert part.n_tokens == 1

@@ -18,9 +18,10 @@ from layerlake.catalog import layout
 from layerlake.catalog.errors import QueryError, SiteNotFound
 from layerlake.catalog.lake import Lake
 from layerlake.catalog.run import Run
-from layerlake.sql import ReadLog, query
+from layerlake.sql import ReadLog, explain, query
+from layerlake.sql.bounds import chunks_with_norm_above
 from layerlake.sql.scan import SITE_RELATIONS
-from layerlake.sql.top_tokens import TOP_TOKENS, chunks_with_norm_above, top_tokens
+from layerlake.sql.top_tokens import TOP_TOKENS, top_tokens
 from layerlake.sql.zones import ZONE_ROWS
 
 MakeRun = Callable[..., Run]
@@ -241,6 +242,16 @@ def test_what_there_is_not_is_said(
 # -- norms above a threshold ------------------------------------------------------------------------
 
 
+def possible_chunks(run: Run, relation: str, layer: int, threshold: float) -> list[int]:
+    """Return the chunks of a layer in which zones let a norm reach a threshold."""
+    found = [
+        chunks_with_norm_above(run, SITE_RELATIONS[relation], layer, partition, threshold)
+        for partition in run.manifest.partitions
+    ]
+    chunks: list[int] = np.concatenate(found).tolist()
+    return chunks
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("relation", VECTORS)
 def test_chunks_with_norm_above_hold_every_such_row(make_run: MakeRun, relation: str, dtype: str) -> None:
@@ -251,7 +262,7 @@ def test_chunks_with_norm_above_hold_every_such_row(make_run: MakeRun, relation:
     thresholds = sorted({norm for _, norm in rows})
     pruned = 0
     for threshold in thresholds[::7] + thresholds[-1:]:
-        chunks = chunks_with_norm_above(run, relation, 1, threshold)
+        chunks = possible_chunks(run, relation, 1, threshold)
         assert chunks == sorted(set(chunks))
         assert {row // chunk_rows for row, norm in rows if norm > threshold} <= set(chunks)
         assert {row // chunk_rows for row, norm in rows if norm >= threshold} <= set(chunks)
@@ -275,7 +286,57 @@ def test_chunks_of_unknown_norm_are_all_there(run: Run) -> None:
         ).fetchall()
         if np.isnan(n)
     )
-    assert chunks_with_norm_above(odd, "mlp_post", 1, 1e9) == [row // 2]
-    assert chunks_with_norm_above(odd, "mlp_post", 0, 1e9) == []
+    assert possible_chunks(odd, "mlp_post", 1, 1e9) == [row // 2]
+    assert possible_chunks(odd, "mlp_post", 0, 1e9) == []
     chunks = sorted(set((run.tokens["row"].to_numpy() // 2).tolist()))
-    assert chunks_with_norm_above(without_zones(run), "mlp_post", 1, 1e9) == chunks
+    assert possible_chunks(without_zones(run), "mlp_post", 1, 1e9) == chunks
+
+
+ALL = "FROM resid SELECT row, norm(vec) AS norm WHERE boundary = 1"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT row FROM resid WHERE boundary = 1 AND norm(vec) > $low",
+        "SELECT row FROM resid WHERE norm(vec) >= $low AND boundary = 1",
+        "SELECT row FROM resid AS r WHERE boundary = 1 AND $low < norm(r.vec)",
+        "SELECT row FROM resid WHERE boundary = 1 AND main.norm(resid.vec) BETWEEN $low AND $low + 100",
+        "SELECT row FROM resid WHERE boundary = 1 AND norm(vec) > (SELECT $low::DOUBLE)",
+        "SELECT r.row FROM resid r JOIN tokens t USING (row) WHERE boundary = 1 AND norm(vec) > $low",
+        "WITH r AS (FROM resid WHERE norm(vec) > $low) SELECT row FROM r WHERE boundary = 1",
+        "SELECT row FROM tokens WHERE row IN (SELECT row FROM resid r WHERE boundary = 1 AND norm(r.vec) > $low)",
+    ],
+)
+def test_a_norm_threshold_reads_what_zones_leave_in_question(run: Run, text: str) -> None:
+    log = ReadLog()
+    norms = dict(query(opened(run), ALL).fetchall())
+    low = sorted(norms.values())[-3] * (1 - 1e-6)
+    found = query(opened(run), text, params={"low": low}, log=log).fetchall()
+    assert sorted(row for (row,) in found) == sorted(row for row, norm in norms.items() if norm > low)
+    chunks = [chunk for read in log.reads for chunk in read.chunks if read.layer == 1]
+    assert sorted(chunks) == possible_chunks(run, "resid", 1, low)
+    assert len(set(chunks)) < len({row // run.manifest.geometry.chunk_rows["resid"] for row in norms})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT row FROM resid WHERE boundary = 1 AND (norm(vec) > 1e9 OR row >= 0)",
+        "SELECT row FROM resid WHERE boundary = 1 AND NOT norm(vec) > 1e9",
+        "SELECT row FROM resid WHERE boundary = 1 AND norm(vec) < 1e9",
+        "SELECT row FROM resid WHERE boundary = 1 AND norm(vec) > 1e9 - 1e9 * (row - row) - 1e9",
+        "SELECT t.row FROM tokens t LEFT JOIN (FROM resid WHERE norm(vec) > 1e9) r USING (row)",
+        "SELECT t.row FROM tokens t ANTI JOIN (FROM resid WHERE norm(vec) > 1e9) r USING (row)",
+        "SELECT row FROM resid WHERE boundary = 1 AND norm([3.0, 4.0]::FLOAT[2]) > 4",
+        "SELECT t.row FROM tokens t LEFT JOIN resid r ON r.row = t.row AND r.boundary = 1 AND norm(r.vec) > 1e9",
+    ],
+)
+def test_other_conditions_on_norms_keep_their_rows(run: Run, text: str) -> None:
+    assert len(query(opened(run), text).fetchall()) == run.n_tokens
+
+
+def test_the_explanation_says_what_norm_has_to_be_reached(run: Run) -> None:
+    said = str(explain(opened(run), "SELECT row FROM resid WHERE norm(vec) > 1e6"))
+    assert f"resid of {run.run_id}: zones tell where a norm can reach 1e+06" in said
+    assert said.splitlines()[-1].startswith("read 0 of ")

@@ -73,7 +73,7 @@ def intervene(lake: str, runs: tuple[str, ...], dry_run: bool, as_json: bool, **
     opened = open_lake(lake)
     plans, refused = plan_runs(opened, InterventionSpec(**options), runs=runs)
     for run, error in refused.items():
-        console.note(" ".join(filter(None, (f"{run} is left out: {error}", error.hint))))
+        console.note(f"{run} is left out: {error.advice}")
     planned = [plan.to_json() for plan in plans]
     if not as_json:
         console.print_table([_plan_row(plan) for plan in plans])

@@ -70,7 +70,7 @@ def info(lake: str, runs: tuple[str, ...], as_json: bool) -> None:
 
 
 def _damaged_row(run_id: str, error: LayerLakeError) -> dict[str, Any]:
-    return {"run": run_id, "error": f"{error} {error.hint}".rstrip()}
+    return {"run": run_id, "error": error.advice}
 
 
 def _say_damaged(rows: Sequence[Mapping[str, Any]]) -> None:
