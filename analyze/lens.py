@@ -67,9 +67,9 @@ class LensStatistic(Statistic[LensBlock]):
     """The lens at every boundary, for each chosen token.
 
     A unit reads 256 tokens at all boundaries together, because each lens is compared with the final
-    distribution: 256·(L + 1)·d_model values. All workers of a process share the readout,
-    (d_model + 1)·vocab·4 bytes. The state is 56 bytes a token and boundary. Each token costs 2·d_model·vocab
-    operations a boundary (twice that for the authors' entropy).
+    distribution: 256·(L + 1)·d_model values, and 512 logits beside each token. All workers of a process share
+    the readout, (d_model + 1)·vocab·4 bytes. The state is 56 bytes a token and boundary. Each token costs
+    2·d_model·vocab operations a boundary (twice that for the authors' entropy).
     """
 
     run: str

@@ -41,7 +41,7 @@ THRESHOLDS = (8.0, 10.0, 12.0)
 
 MOMENTS = ("mean", "variance", "skew", "kurtosis")
 
-_UNIT_NEURONS = 256
+_UNIT_NEURONS = 768  # a tall product runs faster
 _COLUMNS = 512  # of the vocabulary at a time: they and their squares stay in a core's cache
 
 Floats = npt.NDArray[np.float32]
@@ -163,7 +163,7 @@ def classify_neurons(skew: Doubles, kurtosis: Doubles, threshold: float) -> Ints
 class NeuronStatistic(Statistic[tuple[int, Ints, Floats]]):
     """Moments of the cosines between a neuron's output and every unembedding column.
 
-    A unit reads 256 neurons of W_out and multiplies them with blocks of the unembedding; all workers of a
+    A unit reads 768 neurons of W_out and multiplies them with blocks of the unembedding; all workers of a
     process share the latter, d_model·vocab·4 bytes. The state is 48 bytes a neuron. Costs
     2·d_model·vocab operations a neuron.
     """
@@ -225,8 +225,11 @@ class NeuronStatistic(Statistic[tuple[int, Ints, Floats]]):
         )
         n_columns = self.unembed.shape[1]
         sums = np.zeros((len(units), 4))
+        product = np.empty(len(units) * _COLUMNS, dtype=np.float32)
         for start in range(0, n_columns, _COLUMNS):
-            sums += power_sums(directions @ self.unembed[:, start : start + _COLUMNS])
+            columns = self.unembed[:, start : start + _COLUMNS]
+            cosines = product[: len(units) * columns.shape[1]].reshape(len(units), -1)
+            sums += power_sums(np.matmul(directions, columns, out=cosines))
         moments = moments_of_sums(sums, n_columns, shift=directions.astype(np.float64) @ self.mean_column)
         return State.of(np.stack([np.full_like(units, layer), units], axis=1), moments)
 

@@ -179,5 +179,5 @@ def test_memory_is_that_of_one_unit_and_of_the_state(
     reduce_statistic(statistic, run, scheduler="synchronous")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    blocks = 4 * 256 * 1024 * 4
+    blocks = (n_boundaries + 2) * 256 * 512 * 4
     assert blocks < peak < blocks + 2**20 + 3 * n_state
