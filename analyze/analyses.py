@@ -38,7 +38,7 @@ from .neurons import NEURONS_VERSION, NEURONS_VIEWS, NeuronOptions, NeuronStatis
 from .nonfinite import find_nonfinite
 from .norms import NORMS_VERSION, NORMS_VIEWS, NormsOptions, NormsStatistic
 from .reduce import reduce_statistic, require_scheduler
-from .stages import STAGES_READS, STAGES_VERSION, STAGES_VIEWS, locate_stages
+from .stages import STAGES_READS, STAGES_VERSION, STAGES_VIEWS, locate_stages, require_plain_text
 from .statistic import State, Statistic, choose_sites
 from .subjoiner import SUBJOINER_VERSION, SUBJOINER_VIEWS, SubjoinerOptions, SubjoinerStatistic
 from .swap_cosines import SWAP_COSINES_VERSION, SWAP_COSINES_VIEWS, summarise_swap_cosines
@@ -71,6 +71,8 @@ class Analysis:
     """The views of findings that it builds on, and whose; it then reads no activations itself."""
     combine: Callable[[Run, Any, Mapping[str, Input]], dict[str, pa.Table]] | None = None
     """``combine(run, options, inputs)`` → view → table, of what builds on findings."""
+    require: Callable[[Run], None] | None = None
+    """Raises AnalysisError for a run that it can say nothing of, whatever sites that run holds."""
 
     @property
     def sites(self) -> tuple[tuple[str, ...], ...]:
@@ -139,7 +141,7 @@ ANALYSES: dict[str, Analysis] = {
         Analysis(
             "stages", "The four stages of inference: what marks each of them, where, and what speaks against it.",
             STAGES_VERSION, STAGES_VIEWS, NoOptions, None,
-            reads=STAGES_READS, combine=locate_stages,
+            reads=STAGES_READS, combine=locate_stages, require=require_plain_text,
         ),
     )
 }  # fmt: skip
@@ -189,7 +191,7 @@ def run_analysis(
     chosen = _options(analysis, options)
     opened = lake.runs(runs) or [lake.run()]  # which says that there are none
     for run in opened:
-        choose_sites(run, analysis.sites)
+        _choose_sites(analysis, run)
     if exclude_nonfinite:
         opened = [_without_nonfinite(analysis, run, scheduler=scheduler) for run in opened]
     return merge_findings(
@@ -200,8 +202,14 @@ def run_analysis(
     )
 
 
+def _choose_sites(analysis: Analysis, run: Run) -> tuple[str, ...]:
+    if analysis.require is not None:  # first: no site would help
+        analysis.require(run)
+    return choose_sites(run, analysis.sites)
+
+
 def _without_nonfinite(analysis: Analysis, run: Run, *, scheduler: str) -> Run:
-    sites = choose_sites(run, analysis.sites)
+    sites = _choose_sites(analysis, run)
     found = find_nonfinite(run, sites, scheduler=scheduler) if sites else None
     return run.excluding(found["document"].to_pylist()) if found is not None else run
 
@@ -243,7 +251,7 @@ def _find_or_compute(
 ) -> Finding:
     """Read the memoised finding of one run, or compute and keep it."""
     params = {**asdict(options), "n_excluded": len(run.excluded)}
-    sites = choose_sites(run, analysis.sites)
+    sites = _choose_sites(analysis, run)
     inputs = {
         view: _input(lake, view, scope, run, scheduler=scheduler, progress=progress)
         for view, scope in analysis.reads.items()
@@ -308,7 +316,7 @@ def _input(lake: Lake, view: str, scope: Scope, run: Run, *, scheduler: str, pro
     """Find what an analysis builds on.
 
     Of the run itself: what the view's analysis finds with its defaults, computed if need be; or all parts of a view
-    that no analysis makes. Of the run's model: what is stored, of any of its runs, with the defaults.
+    that no analysis makes. Of the run's model: what is stored with the defaults, of any run of the model as it is.
     """
     maker = next((analysis for analysis in ANALYSES.values() if view in analysis.views), None)
     if maker is not None and scope == "run":
@@ -319,8 +327,10 @@ def _input(lake: Lake, view: str, scope: Scope, run: Run, *, scheduler: str, pro
         except (AnalysisError, NotInLake) as error:
             return Input(lake.store, view, (), error.advice)
         return Input(lake.store, view, found.keys)
-    model = run.manifest.model_id
-    of = {run.run_id} if scope == "run" else {r.run_id for r in lake.runs() if r.manifest.model_id == model}
+    of = {run.run_id}
+    if scope == "model":
+        plain = [it.manifest for it in lake.runs() if it.manifest.baseline is None]
+        of = {it.run_id for it in plain if it.model_id == run.manifest.model_id}
     defaults = None if maker is None else {**asdict(maker.options()), "n_excluded": 0}
     stored = [
         table.key

@@ -39,11 +39,16 @@ def _has_words(run: Run) -> bool:
 
 def _has_ing(run: Run) -> bool:
     given = IngOptions()
-    return _is_allowed(
+    return _is_own(run) and _is_allowed(
         lambda: find_examples(
             run, IngTokens.open(run), context=given.context, most=given.examples, seed=given.seed
         )
     )
+
+
+def _is_own(run: Run) -> bool:
+    """Whether layers were run in the model's own order: else its weights are not the layers'."""
+    return run.manifest.baseline is None
 
 
 def _tasks(run: Run) -> set[str]:
@@ -86,6 +91,10 @@ DEMANDS = {
     "benchmarks": Demand(
         _is_intervened_task, f"no interventions at answers of {', '.join(SCORED_TASKS)} (layerlake intervene)"
     ),
-    "stages": Demand(lambda run: not _tasks(run), "answers of a task in place of a text"),
+    "neurons": Demand(_is_own, "layers in another order, whose weights are the baseline's"),
+    "stages": Demand(
+        lambda run: _is_own(run) and not _tasks(run),
+        "answers of a task, or layers in another order, in place of a text",
+    ),
 }
 """By the name of the analysis; all others take any text."""

@@ -16,7 +16,7 @@ from ..catalog.tables import read_part
 __all__ = ["Input", "NoOptions", "Scope"]
 
 Scope = Literal["run", "model"]
-"""Whose findings: the run's own, or what is stored of any run of the same model."""
+"""Whose findings: the run's own, or what is stored of any run of the same model, as it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,10 +159,14 @@ def build_report(
 def label_runs(runs: Sequence[Run]) -> list[Series]:
     """Return the series of some runs, each with a short label that no other has.
 
-    The last part of the model's name; where runs share that, with the text that was captured, or else with
-    the digits of the run's id.
+    The last part of the model's name, and the schedule of an intervened one; where runs share that, with the text
+    that was captured, or else with the digits of the run's id.
     """
-    labels = [run.manifest.model_name.rstrip("/").rpartition("/")[2] for run in runs]
+    labels = [
+        run.manifest.model_name.rstrip("/").rpartition("/")[2]
+        + (f" · {run.manifest.schedule}" if run.manifest.schedule else "")
+        for run in runs
+    ]
     for ending in (
         [run.manifest.dataset.rpartition("/")[2] for run in runs],
         [run.run_id.rpartition("-")[2] for run in runs],

@@ -22,9 +22,16 @@ from .intervals import ratio
 from .profiles import Profile, read_profiles
 from .statistic import tidy_table
 
-__all__ = ["STAGES_READS", "STAGES_VERSION", "STAGES_VIEWS", "family_curves", "locate_stages"]
+__all__ = [
+    "STAGES_READS",
+    "STAGES_VERSION",
+    "STAGES_VIEWS",
+    "family_curves",
+    "locate_stages",
+    "require_plain_text",
+]
 
-STAGES_VERSION = 1
+STAGES_VERSION = 2
 STAGES_VIEWS = ("stages", "stage_curves")
 STAGES_READS: dict[str, Scope] = {
     "intervention_summary": "run",
@@ -201,22 +208,34 @@ def _verdict(stage: int | None, said: str, *, holds: bool, **given: Any) -> _Ver
     return _Verdict(f"{'For' if holds else 'Against'} {about}: {said}.", holds, **given)
 
 
-def locate_stages(run: Run, options: NoOptions, inputs: Mapping[str, Input]) -> dict[str, pa.Table]:  # noqa: ARG001
-    """Return ``stages``, a row for each signature, and ``stage_curves``, the four curves of Figure 1.
-
-    Layer l is at depth l/(L - 1), boundary i at i/L. ``raw`` is a curve interpolated at 101 depths, ``value`` that
-    divided by its largest value at a layer.
+def require_plain_text(run: Run) -> None:
+    """Require that a run is of a text, and of a model as it is.
 
     Raises
     ------
     AnalysisError
-        The run is of a task, so that its interventions were looked at at answers only.
+        The run is of an intervened model, whose layers have no depth to compare with another model's; or of a task,
+        so that its interventions were looked at at answers only.
     """
+    manifest = run.manifest
+    if manifest.baseline is not None:
+        raise AnalysisError(
+            f"The layers of run {run.run_id} are steps of {manifest.schedule}: stages are those of a model as it is.",
+            hint=f"They are its baseline's: --run {manifest.baseline}",
+        )
     task = next((name for name in pc.unique(run.documents["task"]).to_pylist() if name), None)
     if task is not None:
         raise AnalysisError(
             f"Run {run.run_id} is of the task {task}: stages are told from text, at all of its tokens."
         )
+
+
+def locate_stages(run: Run, options: NoOptions, inputs: Mapping[str, Input]) -> dict[str, pa.Table]:  # noqa: ARG001
+    """Return ``stages``, a row for each signature, and ``stage_curves``, the four curves of Figure 1.
+
+    Layer l is at depth l/(L - 1), boundary i at i/L. ``raw`` is a curve interpolated at 101 depths, ``value`` that
+    divided by its largest value at a layer.
+    """
     profiles = read_profiles(run, inputs)
     n_layers = run.shape.n_layers
     model = {"model": run.manifest.model_name, "model_id": run.manifest.model_id, "family": run.shape.family}
@@ -273,8 +292,8 @@ def _columns(variant: str, unit: str, depth: Doubles, values: Doubles) -> dict[s
 def family_curves(curves: pa.Table) -> pa.Table:
     """Return the curves of Figure 1 of families: means over models, again divided by their maximum.
 
-    Takes ``stage_curves``. A model of several runs is the mean over them, and counts once. A depth at
-    which some model has no value (without layer 0, where few layers begin late) is left out.
+    Takes ``stage_curves``, in which no intervened model is. A model of several runs is the mean over them, and
+    counts once. A depth at which some model has no value (without layer 0, where few layers begin late) is left out.
 
     Returns
     -------

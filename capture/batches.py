@@ -9,29 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..catalog.errors import CorruptRun, PlanError
+from ..catalog.errors import CorruptRun
 from ..catalog.run import decode
-from ..catalog.schedules import count_streams
-from ..catalog.sizes import format_nbytes, parse_nbytes
 from .hooks import pad
-from .interventions import InterventionPlan, MeasuredDocument, Unit
-from .memory import forward_nbytes
-from .outcomes import baseline_nbytes
+from .units import MeasuredDocument
 
 if TYPE_CHECKING:
     import torch
 
     from ..catalog.run import Run
     from .blocks import Blocks
-    from .model import OpenModel
 
-__all__ = ["Batch", "plan_batches"]
-
-_MAX_BATCH_TOKENS = 4096
-_READING_COPIES = 3
-"""A boundary on its way from the lake: as it lies there, in order, and padded."""
-_ROW_NBYTES = 512
-"""A row of a table on its way: in Arrow, put together, and in Parquet."""
+__all__ = ["Batch"]
 
 
 class Batch:
@@ -86,8 +75,8 @@ class Batch:
         """Return what a value is at the positions that are looked at: ``[token, d_model]``."""
         return residual[self._at[0], self._at[1]]
 
-    def stored(self, boundary: int) -> torch.Tensor:
-        """Read a boundary: ``[batch, position, d_model]``, zeros behind the end of a document.
+    def stored(self, layer: int, site: str = "resid") -> torch.Tensor:
+        """Read a boundary, or a layer of another site: ``[batch, position, d_model]``, zeros behind a document's end.
 
         Raises
         ------
@@ -97,9 +86,7 @@ class Batch:
         lengths = np.array([len(document.token_ids) for document in self.documents])
         rows = [d.row_start + np.arange(n) for d, n in zip(self.documents, lengths, strict=True)]
         padded = np.zeros((len(lengths), max(lengths), self.run.shape.d_model), dtype=np.float32)
-        padded[np.arange(max(lengths)) < lengths[:, None]] = self._read(
-            "resid", boundary, np.concatenate(rows)
-        )
+        padded[np.arange(max(lengths)) < lengths[:, None]] = self._read(site, layer, np.concatenate(rows))
         return self._on_device(padded)
 
     def stored_at_positions(self, site: str, layer: int) -> torch.Tensor:
@@ -129,42 +116,3 @@ class Batch:
                 hint="Begin at the embedding: --no-resume. Or capture in a dtype that holds them: --dtype float32.",
             )
         return values
-
-
-def plan_batches(plan: InterventionPlan, unit: Unit, model: OpenModel) -> list[list[MeasuredDocument]]:
-    """Return a unit's documents in batches that fit into the memory, those of like length together.
-
-    Raises
-    ------
-    PlanError
-        A document by itself does not.
-    """
-    limit, shape = parse_nbytes(plan.spec.max_memory), model.shape
-    itemsize = next(model.body.parameters()).element_size()
-    n_streams = 1 + max(_READING_COPIES, count_streams(unit.interventions))  # the embedding beside them
-    table_nbytes = _ROW_NBYTES * unit.n_positions * len(unit.interventions)
-
-    def nbytes(batch: Sequence[MeasuredDocument]) -> int:
-        longest = max(len(document.token_ids) for document in batch)
-        tokens, positions = longest * len(batch), sum(len(document.positions) for document in batch)
-        return (
-            forward_nbytes(shape, longest, tokens, "float32" if itemsize == 4 else "bfloat16")
-            + n_streams * tokens * shape.d_model * itemsize
-            + baseline_nbytes(positions, shape.n_vocab, model.device.type)
-            + table_nbytes
-        )
-
-    batches: list[list[MeasuredDocument]] = []
-    for document in sorted(unit.documents, key=lambda document: len(document.token_ids)):
-        if nbytes([document]) > limit:
-            raise PlanError(
-                f"Document {document.number} of {len(document.token_ids)} tokens needs "
-                f"{format_nbytes(nbytes([document]))}, more than --max-memory {format_nbytes(limit)}.",
-                hint="Give more, or look at fewer positions: --positions 64.",
-            )
-        longer = [*batches[-1], document] if batches else [document]
-        if batches and len(longer) * len(document.token_ids) <= _MAX_BATCH_TOKENS and nbytes(longer) <= limit:
-            batches[-1] = longer
-        else:
-            batches.append([document])
-    return batches

@@ -42,6 +42,8 @@ class Blocks:
     ----------
     model : OpenModel
         The model.
+    trim : callable, optional
+        Is called between batches and behind every block: what those have let go of may be given back to the system.
 
     Raises
     ------
@@ -54,9 +56,10 @@ class Blocks:
         How many blocks were run so far.
     """
 
-    def __init__(self, model: OpenModel) -> None:
+    def __init__(self, model: OpenModel, *, trim: Callable[[], None] = lambda: None) -> None:
         require_family(model.shape.family)
         self.model = model
+        self.trim = trim
         self.n_executed = 0
         self._given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -73,6 +76,7 @@ class Blocks:
         torch.Tensor
             x_0, ``[batch, position, d_model]``.
         """
+        self.trim()
         streams: list[torch.Tensor] = []
         self._given = []
 
@@ -104,6 +108,7 @@ class Blocks:
         args, options = self._given[layer]
         out = self.model.bridge.blocks[layer](residual, *args, **options)
         found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        self.trim()
         return found
 
     def norm(self, residual: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..catalog.manifest import Manifest
 from ..catalog.run import Run
 from ..catalog.schedules import parse_schedule
 from ..catalog.stores import Store
-from ..console import CaptureProgress
+from ..console import CaptureProgress, silent
 from .blocks import run_schedule
 from .frozen import FrozenPlan, PartitionWork
 from .hooks import Forward, run_whole
@@ -32,7 +32,7 @@ from .selfcheck import check_model
 from .share import Share
 from .spec import CaptureSpec
 from .vocabulary import vocab_table
-from .worker import Outcome, Worker, silent
+from .worker import Outcome, Worker
 
 __all__ = [
     "capture_run",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,16 @@ from ..catalog.errors import PlanError
 from ..catalog.interventions import INTERVENTIONS, GrowingFinding
 from ..catalog.schedules import Intervention, Route, Step, branch, routes_from
 from ..catalog.sizes import parse_nbytes
-from ..console import CaptureProgress
-from .batches import Batch, plan_batches
+from ..console import CaptureProgress, silent
+from .batches import Batch
 from .blocks import Blocks
 from .execute import numerics
-from .interventions import InterventionPlan, Unit
+from .interventions import InterventionPlan
 from .memory import PeakMemory, keep_freed
 from .model import OpenModel, open_model
 from .outcomes import Baseline, Outcomes
 from .swap_cosines import compare_swaps
-from .worker import silent
+from .units import Unit
 
 if TYPE_CHECKING:
     import torch
@@ -79,19 +79,19 @@ def execute_interventions(
     if model is None:
         compute_dtype = plan.run.manifest.identity["numerics"]["compute_dtype"]
         model = open_model(plan.model, device=plan.spec.device, compute_dtype=compute_dtype)
-    blocks = Blocks(model)
-    total, done = sum(map(_n_tokens, plan.units)), 0
+    total, done = sum(unit.n_tokens for unit in plan.units), 0
     keep_freed()
     with PeakMemory() as peak, numerics(torch.get_num_threads()), torch.inference_mode():
         findings = {unit.view: plan.finding(unit.view) for unit in plan.units}
-        trim = partial(peak.trim_above, parse_nbytes(plan.spec.max_memory) // 2)
+        trim = partial(peak.trim_above, parse_nbytes(plan.spec.max_memory) // 4)
+        blocks = Blocks(model, trim=trim)
         for unit in plan.units:
             found: list[tuple[Intervention, pa.Table]] = []
-            for documents in plan_batches(plan, unit, model):
+            for documents in unit.batches:
                 progress("intervene", done, total)
                 batch = Batch(plan.run, blocks, documents)
                 if unit.view == "interventions":
-                    found += _Walk(plan, batch, trim).measure(unit.interventions)
+                    found += _Walk(plan, batch).measure(unit.interventions)
                 else:
                     found += compare_swaps(plan, batch, unit.interventions)
                 outcome.n_batches += 1
@@ -102,35 +102,35 @@ def execute_interventions(
     return outcome
 
 
-def _n_tokens(unit: Unit) -> int:
-    return sum(len(document.token_ids) for document in unit.documents)
-
-
-def _write(finding: GrowingFinding, unit: Unit, found: Iterable[tuple[Intervention, pa.Table]]) -> int:
+def _write(finding: GrowingFinding, unit: Unit, found: Sequence[tuple[Intervention, pa.Table]]) -> int:
     """Store a unit, without what another process has stored since the plan was made; return the rows."""
     held = finding.held()
-    tables = [
-        table.filter(
-            np.isin(table["document"].to_numpy(), list(held.get(intervention.name, ())), invert=True)
-        )
-        for intervention, table in found
-    ]
-    table = pa.concat_tables(tables)
-    if len(table):
+    lacking: dict[tuple[int, ...], list[Intervention]] = {}
+    for intervention in unit.interventions:
+        known = held.get(intervention.name, ())
+        numbers = tuple(document.number for document in unit.documents if document.number not in known)
+        lacking.setdefault(numbers, []).append(intervention)
+    lacking.pop((), None)
+    n_rows = 0
+    for numbers, interventions in lacking.items():
+        tables = [table for intervention, table in found if intervention in interventions]
+        table = pa.concat_tables(tables)
+        table = table.filter(np.isin(table["document"].to_numpy(), numbers))
         finding.write(
-            interventions=unit.interventions,
-            documents=[document.number for document in unit.documents],
-            n_tokens=_n_tokens(unit),
+            interventions=interventions,
+            documents=numbers,
+            n_tokens=sum(len(d.token_ids) for d in unit.documents if d.number in numbers),
             table=table,
         )
-    return len(table)
+        n_rows += len(table)
+    return n_rows
 
 
 class _Walk:
     """A batch on its way through trees of schedules."""
 
-    def __init__(self, plan: InterventionPlan, batch: Batch, trim: Callable[[], None]) -> None:
-        self._plan, self._batch, self._blocks, self._trim = plan, batch, batch.blocks, trim
+    def __init__(self, plan: InterventionPlan, batch: Batch) -> None:
+        self._plan, self._batch, self._blocks = plan, batch, batch.blocks
         n_layers = plan.run.shape.n_layers
         last = batch.stored(n_layers) if plan.spec.resume else self._run(map(Step, range(n_layers)))
         self._baseline = Baseline(self._blocks, batch.at_positions(last), batch.targets)
@@ -140,7 +140,7 @@ class _Walk:
         is_resumed = self._plan.spec.resume
         for start, routes in routes_from(interventions, is_resumed=is_resumed).items():
             if is_resumed:
-                yield from self._walk(self._batch.stored(start), routes)
+                yield from self._walk(self._batch.stored(start), routes, boundary=start)
                 continue
             for route in routes:
                 is_own = route.intervention.kind == "none"
@@ -148,18 +148,27 @@ class _Walk:
                 yield route.intervention, self._table(route.intervention, end)
 
     def _walk(
-        self, residual: torch.Tensor, routes: Sequence[Route]
+        self, residual: torch.Tensor, routes: Sequence[Route], boundary: int | None = None
     ) -> Iterator[tuple[Intervention, pa.Table]]:
-        """Follow schedules as far as they go together, then each group by itself."""
+        """Follow schedules as far as they go together, then each group by itself; from a stored boundary, or not."""
         done, further = branch(routes)
         while not done and len(further) == 1:  # nothing is to be kept
             ((step, routes),) = further.items()
-            residual = self._blocks.run(step, residual)
+            residual, boundary = self._take(step, residual, boundary), None
             done, further = branch(routes)
         for intervention in done:
             yield intervention, self._table(intervention, None if intervention.kind == "none" else residual)
         for step, rest in further.items():
-            yield from self._walk(self._blocks.run(step, residual), rest)
+            yield from self._walk(self._take(step, residual, boundary), rest)
+
+    def _take(self, step: Step, residual: torch.Tensor, boundary: int | None) -> torch.Tensor:
+        """Return the residual stream behind a step: from the lake if it holds what the layer still adds."""
+        site = self._plan.stored_part(step) if step.layer == boundary else None
+        return (
+            self._blocks.run(step, residual)
+            if site is None
+            else residual + self._batch.stored(step.layer, site)
+        )
 
     def _run(self, steps: Iterable[Step]) -> torch.Tensor:
         residual = self._batch.embedding
@@ -171,7 +180,7 @@ class _Walk:
         """Measure the end of a schedule, or the unmodified model if it has none: ``INTERVENTIONS``."""
         batch, own = self._batch, self._baseline.outcomes
         found = own if residual is None else self._baseline.compare(batch.at_positions(residual))
-        self._trim()  # logits, between which small results lie: they pile up
+        self._blocks.trim()
         _require_numbers(found, intervention)
         numbers = np.array([document.number for document in batch.documents], dtype=np.int64)
         columns: dict[str, Any] = {

@@ -11,7 +11,7 @@ from ..catalog.manifest import Manifest, read_manifest
 from ..catalog.run import Run
 from ..catalog.schedules import Intervention
 from ..catalog.sites import parse_sites
-from ..console import CaptureProgress
+from ..console import CaptureProgress, silent
 from .asked import Asked
 from .description import slug
 from .execute import execute_plan
@@ -23,7 +23,6 @@ from .partition import place_tokens
 from .placement import EncodedDocument, Prompt
 from .plan import CapturePlan, choose_geometry, plan_work
 from .spec import CaptureSpec, complete_spec
-from .worker import silent
 
 __all__ = ["capture_intervened", "encoded_documents", "plan_intervened_run"]
 

@@ -9,23 +9,23 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..catalog.errors import ModelError, PlanError
 from ..catalog.interventions import GrowingFinding, GrowingView
 from ..catalog.layout import model_path
 from ..catalog.mask import sample_positions
 from ..catalog.run import Run
-from ..catalog.schedules import Intervention, Step, count_blocks, plan_interventions
+from ..catalog.schedules import Intervention, Numbers, Step, count_blocks, plan_interventions
 from ..catalog.sites import parse_sites
 from .blocks import require_family
 from .description import ModelDescription, describe_model
 from .partition import place_tokens
+from .units import MeasuredDocument, Unit, plan_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["InterventionPlan", "InterventionSpec", "MeasuredDocument", "Unit", "plan_intervention"]
+__all__ = ["InterventionPlan", "InterventionSpec", "plan_intervention"]
 
 _UNIT_ROWS = 1 << 18
 """What is stored together holds at most so many rows of a table."""
@@ -42,19 +42,19 @@ _ANSWERS = ("choice", "continuation")
 class InterventionSpec:
     """What to do to a model, and what to look at. See :func:`layerlake.catalog.schedules.plan_interventions`."""
 
-    drop: str | None = None
+    drop: Numbers = None
     """Layers to leave out: ``all``, ``3``, ``0-5,9``, ``7-``."""
-    swap: str | None = None
+    swap: Numbers = None
     """Layers to exchange with the next."""
-    repeat: str | None = None
+    repeat: Numbers = None
     """Lengths of blocks that run each of their layers twice: ``3,5``."""
-    ablate_attn: str | None = None
+    ablate_attn: Numbers = None
     """Layers whose attention adds nothing."""
-    ablate_mlp: str | None = None
+    ablate_mlp: Numbers = None
     """Layers whose MLP adds nothing."""
-    schedules: tuple[str, ...] = ()
+    schedules: str | Sequence[str] = ()
     """Whole schedules: ``"0-4,6,5,7-"``."""
-    swap_cosines: str | None = None
+    swap_cosines: Numbers = None
     """Layers of which to compare what attention and MLP give before and after a swap with the next."""
     stale_kv: bool = False
     """A repeated layer sees the keys and values of its first run."""
@@ -74,38 +74,6 @@ class InterventionSpec:
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``."""
     max_memory: int | str = "4GiB"
     """Beyond the loaded model."""
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredDocument:
-    """A document, and the positions at which the model is looked at."""
-
-    number: int
-    token_ids: npt.NDArray[np.int32]
-    row_start: int
-    positions: npt.NDArray[np.int64]
-    """Each has a next token."""
-
-    def beginning(self, n_tokens: int) -> MeasuredDocument:
-        """Return its first tokens as a document, all of whose evaluation positions are looked at."""
-        ids = self.token_ids[:n_tokens]
-        return MeasuredDocument(
-            self.number, ids, self.row_start, sample_positions(self.number, len(ids), None)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Documents of one partition on which the same interventions are missing: what is stored together."""
-
-    view: GrowingView
-    documents: tuple[MeasuredDocument, ...]
-    interventions: tuple[Intervention, ...]
-
-    @property
-    def n_positions(self) -> int:
-        """How many positions are looked at."""
-        return sum(len(document.positions) for document in self.documents)
 
 
 @dataclass(frozen=True)
@@ -140,34 +108,39 @@ class InterventionPlan:
         """Whether the run holds what attention and MLP give, so that cosines need not run the unmodified blocks."""
         return all(self.run.has_site(site) for site in ("attn_out", "mlp_out"))
 
-    @cached_property
-    def n_blocks(self) -> int:
-        """Blocks that are executed for each batch of documents, if all is missing."""
-        return count_blocks(self.interventions, is_resumed=self.spec.resume)
+    def stored_part(self, step: Step) -> str | None:
+        """Return what the lake holds of a layer without a component, beside x_l: the site that makes x_l+1 of it."""
+        if not step.without or (step.without == "attn" and self.run.shape.block == "sequential"):
+            return None  # in a sequential block, the MLP sees that attention is gone
+        site = "mlp_out" if step.without == "attn" else "attn_out"
+        return site if self.run.has_site(site) else None
 
-    @cached_property
-    def n_blocks_without_resume(self) -> int:
-        """Blocks that a rerun of every schedule would execute, and of the unmodified model once."""
-        return count_blocks(self.interventions, is_resumed=False)
-
-    @cached_property
-    def n_cosine_blocks(self) -> int:
-        """Blocks that are executed for each batch to compare swapped layers: two a swap, and the unmodified ones."""
-        layers = [swap.layer for swap in self.swaps if swap.layer is not None]
-        unmodified = {near for layer in layers for near in (layer, layer + 1)}
-        return 2 * len(layers) + (0 if self.has_outputs else len(unmodified))
+    def count_blocks(self, unit: Unit, *, is_resumed: bool) -> int:
+        """Return the blocks that a unit costs, in all of its batches."""
+        if unit.view == "interventions":
+            n_blocks = count_blocks(
+                unit.interventions, is_resumed=is_resumed, is_stored=lambda step: bool(self.stored_part(step))
+            )
+        else:  # two a swap, and the unmodified ones
+            layers = [swap.layer for swap in unit.interventions if swap.layer is not None]
+            unmodified = {near for layer in layers for near in (layer, layer + 1)}
+            n_blocks = 2 * len(layers) + (0 if self.has_outputs else len(unmodified))
+        return n_blocks * len(unit.batches)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the numbers; documents and positions are those of which something is missing."""
+        """Return the numbers of what is missing: what will be run."""
+        main = [unit for unit in self.units if unit.is_main]
+        others = [unit for unit in self.units if not unit.is_main]
         positions = {d.number: len(d.positions) for unit in reversed(self.units) for d in unit.documents}
         return {
             "run": self.run.run_id,
             "interventions": sum(intervention.kind != "none" for intervention in self.interventions),
             "documents": len(positions),
             "positions": sum(positions.values()),
-            "blocks_a_batch": self.n_blocks,
-            "blocks_a_batch_without_resume": self.n_blocks_without_resume,
-            "cosine_blocks_a_batch": self.n_cosine_blocks,
+            "batches": sum(len(unit.batches) for unit in self.units),
+            "blocks": sum(self.count_blocks(unit, is_resumed=self.spec.resume) for unit in main),
+            "blocks_without_resume": sum(self.count_blocks(unit, is_resumed=False) for unit in main),
+            "floor_and_cosine_blocks": sum(self.count_blocks(unit, is_resumed=True) for unit in others),
         }
 
 
@@ -179,7 +152,8 @@ def plan_intervention(run: Run, spec: InterventionSpec) -> InterventionPlan:
     SiteNotFound
         The run holds no ``resid``, or a layer does not exist.
     PlanError
-        Nothing was asked for, no document has a position to look at, or the run is itself one of an intervention.
+        Nothing was asked for, no document has a position to look at or one does not fit into the memory, or the run
+        is itself one of an intervention.
     ModelError
         The model is not there any more, or is another one.
     AdapterMismatch
@@ -208,10 +182,14 @@ def plan_intervention(run: Run, spec: InterventionSpec) -> InterventionPlan:
     )
     if spec.capture_sites is not None:
         parse_sites(spec.capture_sites)
-        if spec.stale_kv:
+        if any(step.is_stale for intervention in asked for step in intervention.steps):
             raise PlanError(
-                "With --stale-kv a block runs twice in one step: no site has one value there.",
+                "With stale keys a block runs twice in one step: no site has one value there.",
                 hint="Capture the true repetition, without --stale-kv.",
+            )
+        if not asked:
+            raise PlanError(
+                "No schedule was asked for that sites could be captured of.", hint="Such as --drop 3."
             )
     swaps = plan_interventions(n_layers, swap=spec.swap_cosines)
     if not asked and not swaps:
@@ -299,7 +277,8 @@ def _floor(
     identity = asked[0].steps if asked else ()
     starts = sorted({intervention.resumes_at for intervention in asked})
     floor = [Intervention("noop", start, 0, identity) for start in starts if start < len(identity)]
-    return floor, [document.beginning(_FLOOR_TOKENS) for document in documents[:_FLOOR_DOCUMENTS]]
+    beginnings = [document.beginning(_FLOOR_TOKENS) for document in documents[:_FLOOR_DOCUMENTS]]
+    return floor, [document for document in beginnings if len(document.positions)]
 
 
 def _missing(
@@ -318,7 +297,10 @@ def _missing(
                 wanted.setdefault((document.row_start // rows, missing), []).append(document)
         for (_, missing), members in sorted(wanted.items(), key=lambda item: item[0][0]):
             for some in _cut(members, _UNIT_ROWS // len(missing)):
-                yield Unit(view, some, missing)
+                batches = plan_batches(
+                    plan.run, some, missing, device=plan.spec.device, max_memory=plan.spec.max_memory
+                )
+                yield Unit(view, batches, missing)
 
 
 def _cut(documents: Iterable[MeasuredDocument], n_positions: int) -> Iterator[tuple[MeasuredDocument, ...]]:

@@ -22,6 +22,7 @@ from ..catalog.sizes import format_nbytes, parse_nbytes
 
 __all__ = [
     "N_SLOTS",
+    "OVERHEAD_NBYTES",
     "MemoryPlan",
     "PeakMemory",
     "forward_nbytes",
@@ -49,7 +50,7 @@ _TOKEN_NBYTES = 64
 _DOCUMENT_NBYTES = 1024
 """A document's share of them, while it is placed."""
 
-_OVERHEAD_NBYTES = 32 << 20
+OVERHEAD_NBYTES = 32 << 20
 """What Python, the allocator and the clients of stores take by themselves."""
 
 _COMPUTE_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -163,7 +164,7 @@ def plan_memory(
     place = "local" if is_local else "remote"
     most = max(p.n_documents for p in partitions)
     largest = max(_object_nbytes(shape, geometry, name, dtype, n_documents=most) for name in sites)
-    fixed = _OVERHEAD_NBYTES + _TOKEN_NBYTES * n_tokens + _DOCUMENT_NBYTES * n_documents
+    fixed = OVERHEAD_NBYTES + _TOKEN_NBYTES * n_tokens + _DOCUMENT_NBYTES * n_documents
     threads = _MAX_WRITE_THREADS[place]
 
     def share_out() -> MemoryPlan:

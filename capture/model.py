@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
 
-__all__ = ["OpenModel", "open_model", "require_compute_dtype"]
+__all__ = ["OpenModel", "choose_device", "open_model", "require_compute_dtype"]
 
 _COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -164,7 +164,7 @@ def open_model(
 
     require_compute_dtype(compute_dtype)
     dtype: torch.dtype = getattr(torch, compute_dtype)
-    chosen = _choose_device(device)
+    chosen = choose_device(device)
     # The bridge wants a tokenizer, is never asked to tokenise, and changes the one it gets: give it a copy,
     # and one without BOS, because others are loaded anew by their name.
     spare = copy.deepcopy(description.tokenizer)
@@ -210,7 +210,7 @@ def require_compute_dtype(name: str) -> None:
         )
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """Return the device of a name, with its number."""
     import torch
 

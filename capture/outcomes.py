@@ -19,8 +19,8 @@ __all__ = ["Baseline", "Outcomes", "baseline_nbytes"]
 _CHUNK_NBYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Logits that are made at a time: what stays near the cores is gone through eight times."""
 
-_COPIES = 4
-"""A chunk of logits on its way through softmax, entropy and divergence."""
+_COPIES = 3
+"""A chunk of logits, and what is made of it on the way through softmax, entropy and divergence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Outcomes:
 class Baseline:
     """What the unmodified model says at some positions, to compare other residual streams with.
 
-    Logits are made a few rows at a time. Divergences are sums of p·ln(p/q) − p + q: none of these is negative, and
-    whatever float32 leaves the two short of adding up to 1 falls out.
+    Logits are made a few rows at a time, and all that is made of them in the same place. Divergences are sums of
+    p·ln(p/q) − p + q: none of these is negative, and whatever float32 leaves the two short of adding up to 1 falls out.
 
     Parameters
     ----------
@@ -65,6 +65,11 @@ class Baseline:
         # of all tokens and the whole vocabulary
         self._log_p = torch.empty((len(residual), blocks.model.shape.n_vocab), device=residual.device)
         self._total_p = torch.empty(len(residual), device=residual.device)
+        self._n_rows = max(1, _chunk_nbytes(residual.device.type) // (4 * self._log_p.shape[1]))
+        self._scratch = (
+            torch.empty_like(self._log_p[: self._n_rows]),
+            torch.empty_like(self._log_p[: self._n_rows]),
+        )
         self.outcomes = self._measure(residual, is_own=True)
 
     def compare(self, residual: torch.Tensor) -> Outcomes:
@@ -73,23 +78,24 @@ class Baseline:
 
     def _measure(self, residual: torch.Tensor, *, is_own: bool) -> Outcomes:
         import torch
-        from torch.nn.functional import kl_div
 
-        n_rows = max(1, _chunk_nbytes(residual.device.type) // (4 * self._log_p.shape[1]))
         parts: list[tuple[torch.Tensor, ...]] = []
-        for start in range(0, len(residual), n_rows):
-            rows = slice(start, start + n_rows)
+        for start in range(0, len(residual), self._n_rows):
+            rows = slice(start, start + self._n_rows)
             log_q = self._blocks.unembed(self._blocks.norm(residual[rows]))
-            log_q -= log_q.logsumexp(dim=1, keepdim=True)
-            q = log_q.exp()
-            total_q = q.sum(dim=1)
+            q, ratio = (scratch[: len(log_q)] for scratch in self._scratch)
+            log_q -= log_q.amax(dim=1, keepdim=True)
+            log_q -= torch.exp(log_q, out=q).sum(dim=1, keepdim=True).log()
+            total_q = torch.exp(log_q, out=q).sum(dim=1)
             if is_own:
                 self._log_p[rows], self._total_p[rows] = log_q, total_q
-            kl = kl_div(log_q, self._log_p[rows], reduction="none", log_target=True).sum(dim=1)
+            entropy = torch.mul(q, log_q, out=ratio).sum(dim=1) / -math.log(2)
+            torch.sub(self._log_p[rows], log_q, out=ratio)
+            kl = ratio.mul_(torch.exp(self._log_p[rows], out=q)).sum(dim=1)
             parts.append(
                 (
                     -log_q.gather(1, self._targets[rows, None])[:, 0],
-                    torch.linalg.vecdot(q, log_q) / -math.log(2),
+                    entropy,
                     log_q.argmax(dim=1),
                     kl + (total_q - self._total_p[rows]),
                 )

@@ -10,7 +10,7 @@ from typing import Any
 from ..catalog.errors import PlanError
 from ..catalog.run import Run
 from ..catalog.stores import Store
-from ..console import CaptureProgress
+from ..console import CaptureProgress, silent
 from .frozen import FrozenPlan, PartitionWork
 from .hooks import Forward, run_whole
 from .ledgers import begin_attempt, is_wanted, pending_work, write_ledger
@@ -20,11 +20,7 @@ from .partition import Overflow, PartitionBuffer, PlacedDocument, run_batch
 from .pipeline import Pipeline
 from .staging import Staging
 
-__all__ = ["Outcome", "Worker", "silent"]
-
-
-def silent(phase: str, done: int, total: int, *, nbytes: int = 0, queued: int = 0) -> None:
-    """Show no progress."""
+__all__ = ["Outcome", "Worker"]
 
 
 @dataclass(slots=True)

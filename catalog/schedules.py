@@ -8,7 +8,7 @@ need not be run where the residual stream is stored: it *resumes* at the boundar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from .sites import parse_layers
 __all__ = [
     "Intervention",
     "Kind",
+    "Numbers",
     "Route",
     "Step",
     "branch",
@@ -31,6 +32,9 @@ __all__ = [
 
 Kind = Literal["none", "noop", "drop", "swap", "repeat", "ablate_attn", "ablate_mlp", "schedule"]
 """``none`` is the unmodified model, ``noop`` the unmodified rest of it behind a stored boundary: the floor."""
+
+Numbers = str | int | Iterable[int] | None
+"""Layers or lengths: ``"all"``, ``"0-5,9"``, ``"7-"``, ``3``, ``[0, 1]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ _MARKS: dict[str, dict[str, Any]] = {
     "-mlp": {"without": "mlp"},
     "stale": {"is_stale": True},
 }
+_FALLING = re.compile(r"(?P<from>\d+)-(?P<to>\d+)")
 _MARKED = re.compile(r"(?P<layer>\d+)\((?P<mark>-attn|-mlp|stale)\)")
 
 
@@ -83,7 +88,7 @@ def format_schedule(steps: Sequence[Step]) -> str:
 
 
 def parse_schedule(text: str, n_layers: int) -> tuple[Step, ...]:
-    """Return the steps of a schedule; layers may stand in any order, and more than once.
+    """Return the steps of a schedule; layers may stand in any order, ranges may fall, and all may come more than once.
 
     Raises
     ------
@@ -96,11 +101,17 @@ def parse_schedule(text: str, n_layers: int) -> tuple[Step, ...]:
     --------
     >>> format_schedule(parse_schedule("0-1, 3,2,4-", 6))
     '0-1,3,2,4-5'
+    >>> format_schedule(parse_schedule("0,3-1,4-", 6))
+    '0,3,2,1,4-5'
     """
     steps: list[Step] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         marked = _MARKED.fullmatch(part)
-        layers = parse_layers(marked["layer"] if marked else part, n_layers)
+        falling = _FALLING.fullmatch(part)
+        if falling and int(falling["from"]) > int(falling["to"]):
+            layers = parse_layers(f"{falling['to']}-{falling['from']}", n_layers)[::-1]
+        else:
+            layers = parse_layers(marked["layer"] if marked else part, n_layers)
         mark = _MARKS[marked["mark"] if marked else ""]
         steps += [Step(layer, **mark) for layer in layers]
     if not steps:
@@ -141,12 +152,12 @@ class Intervention:
 def plan_interventions(
     n_layers: int,
     *,
-    drop: str | None = None,
-    swap: str | None = None,
-    repeat: str | Iterable[int] | None = None,
-    ablate_attn: str | None = None,
-    ablate_mlp: str | None = None,
-    schedules: Iterable[str] = (),
+    drop: Numbers = None,
+    swap: Numbers = None,
+    repeat: Numbers = None,
+    ablate_attn: Numbers = None,
+    ablate_mlp: Numbers = None,
+    schedules: str | Iterable[str] = (),
     stale_kv: bool = False,
 ) -> tuple[Intervention, ...]:
     """Return the interventions that were asked for, each once.
@@ -155,13 +166,13 @@ def plan_interventions(
     ----------
     n_layers : int
         The model's L.
-    drop, ablate_attn, ablate_mlp : str, optional
+    drop, ablate_attn, ablate_mlp : str, int or iterable of int, optional
         Layers (:func:`layerlake.catalog.sites.parse_layers`): left out whole, or one component of them.
-    swap : str, optional
+    swap : str, int or iterable of int, optional
         Layers that change places with the next; ``all`` and open ranges end before the last.
-    repeat : str or iterable of int, optional
+    repeat : str, int or iterable of int, optional
         Lengths of blocks, each layer of which runs twice in place; every start.
-    schedules : iterable of str
+    schedules : str or iterable of str
         Whole schedules (:func:`parse_schedule`).
     stale_kv : bool
         Whether a repeated layer sees the keys and values of its first run, as the authors' script has it.
@@ -171,8 +182,14 @@ def plan_interventions(
     SiteNotFound
         A layer does not exist.
     PlanError
-        The last layer is to be swapped, or a block to be repeated is as long as no block.
+        The last layer is to be swapped, a block to be repeated is as long as no block, or nothing is repeated whose
+        keys could be stale.
     """
+    drop, swap, repeat, ablate_attn, ablate_mlp = map(_as_text, (drop, swap, repeat, ablate_attn, ablate_mlp))
+    if stale_kv and repeat is None:
+        raise PlanError(
+            "Nothing is repeated, so no keys and values are stale.", hint="--stale-kv goes with --repeat."
+        )
     identity = tuple(map(Step, range(n_layers)))
     found = [
         Intervention("drop", layer, 1, identity[:layer] + identity[layer + 1 :])
@@ -182,7 +199,7 @@ def plan_interventions(
         if layer < n_layers - 1:
             pair = identity[layer + 1], identity[layer]
             found.append(Intervention("swap", layer, 2, identity[:layer] + pair + identity[layer + 2 :]))
-        elif swap is not None and not swap.strip().endswith(("all", "-")):
+        elif swap is not None and _names_last(swap, n_layers):
             raise PlanError(
                 f"Layer {layer} is the last: there is none to swap it with.",
                 hint=f"--swap takes layers 0 … {n_layers - 2}, or all.",
@@ -200,7 +217,8 @@ def plan_interventions(
         for layer in _layers(layers, n_layers):
             steps = (*identity[:layer], Step(layer, without), *identity[layer + 1 :])  # type: ignore[arg-type]
             found.append(Intervention(kind, layer, 1, steps))  # type: ignore[arg-type]
-    found += [Intervention("schedule", None, None, parse_schedule(text, n_layers)) for text in schedules]
+    texts = (schedules,) if isinstance(schedules, str) else schedules
+    found += [Intervention("schedule", None, None, parse_schedule(text, n_layers)) for text in texts]
     return tuple(dict.fromkeys(found))
 
 
@@ -208,10 +226,24 @@ def _layers(text: str | None, n_layers: int) -> tuple[int, ...]:
     return () if text is None else parse_layers(text, n_layers)
 
 
-def _lengths(given: str | Iterable[int] | None, n_layers: int) -> tuple[int, ...]:
-    if given is None:
+def _as_text(given: Numbers) -> str | None:
+    """Return layers or lengths as the command line has them."""
+    if given is None or isinstance(given, str):
+        return given
+    return ",".join(map(str, [given] if isinstance(given, int) else given)) or None
+
+
+def _names_last(text: str, n_layers: int) -> bool:
+    """Tell whether layers name the last one, and not just all from somewhere on."""
+    parts = (part.strip() for part in text.split(","))
+    closed = (part for part in parts if part != "all" and not part.endswith("-"))
+    return any(n_layers - 1 in parse_layers(part, n_layers) for part in closed)
+
+
+def _lengths(text: str | None, n_layers: int) -> tuple[int, ...]:
+    if text is None:
         return ()
-    parts = given.split(",") if isinstance(given, str) else list(map(str, given))
+    parts = text.split(",")
     lengths = tuple(int(part) if _PLAIN.fullmatch(part.strip()) else 0 for part in parts)
     wrong = [part for part, length in zip(parts, lengths, strict=True) if not 1 <= length <= n_layers]
     if wrong:
@@ -251,11 +283,25 @@ def branch(routes: Iterable[Route]) -> tuple[list[Intervention], Mapping[Step, l
     return done, further
 
 
-def count_blocks(interventions: Iterable[Intervention], *, is_resumed: bool = True) -> int:
+def count_blocks(
+    interventions: Iterable[Intervention],
+    *,
+    is_resumed: bool = True,
+    is_stored: Callable[[Step], bool] = lambda _: False,
+) -> int:
     """Return how many blocks are executed for each batch.
 
     Resumed, interventions share the blocks that they begin with; without resuming each runs its own, and the
     unmodified model is run once beside them.
+
+    Parameters
+    ----------
+    interventions : iterable of Intervention
+        The interventions.
+    is_resumed : bool
+        Whether they begin at the stored residual stream.
+    is_stored : callable
+        Tells of a step that resumes at its own layer whether the lake holds what comes of it.
 
     Examples
     --------
@@ -265,7 +311,11 @@ def count_blocks(interventions: Iterable[Intervention], *, is_resumed: bool = Tr
     """
     if not is_resumed:
         return sum(step.n_blocks for intervention in interventions for step in intervention.steps)
-    return sum(_count(routes) for routes in routes_from(interventions).values())
+    n_blocks = 0
+    for start, routes in routes_from(interventions).items():
+        n_spared = sum(step.n_blocks for step in branch(routes)[1] if step.layer == start and is_stored(step))
+        n_blocks += _count(routes) - n_spared
+    return n_blocks
 
 
 def _count(routes: Iterable[Route]) -> int:

@@ -210,5 +210,8 @@ def read_part(
         raise CorruptRun(f"{store.url}/{name} is not what was written: its checksum does not fit.", hint=hint)
     with decoding(f"{store.url}/{name}"):
         return pq.read_table(
-            io.BytesIO(content), columns=None if columns is None else list(columns), filters=where
+            pa.BufferReader(content),
+            columns=None if columns is None else list(columns),
+            filters=where,
+            pre_buffer=False,  # else a thread of Arrow's may hold the bytes when the interpreter has ended
         )

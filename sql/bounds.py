@@ -17,7 +17,7 @@ from ..catalog.zones import read_zones
 if TYPE_CHECKING:
     from .scan import SiteRelation
 
-__all__ = ["Floats", "Ints", "chunk_bounds", "chunks_with_norm_above", "floats"]
+__all__ = ["Floats", "Ints", "chunk_bounds", "floats", "norm_bounds"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -57,12 +57,10 @@ def chunk_bounds(
     return chunks, total
 
 
-def chunks_with_norm_above(
-    run: Run, relation: SiteRelation, layer: int, partition: Partition, threshold: float
-) -> Ints:
-    """Return the chunks that may hold a vector for which SQL's ``norm(vec)`` reaches a threshold, in order.
+def norm_bounds(run: Run, relation: SiteRelation, layer: int, partition: Partition) -> tuple[Ints, Floats]:
+    """Return the chunks of a layer in a partition, and for each what SQL's ``norm(vec)`` does not exceed there.
 
-    Those without zones, and those that hold a value that is not finite, are among them.
+    Infinite for those without zones, and for those that hold a value that is not finite.
     """
     chunks, bounds = chunk_bounds(
         run, relation, layer, partition, lambda zones: floats(zones["norm_max"]), columns=["norm_max"]
@@ -71,7 +69,7 @@ def chunks_with_norm_above(
     width = SITES[relation.sites[0]].width(run.shape)
     bounds = bounds * np.float32(1 + (width + 4) * 2.0**-23) + np.float32(1e-15)
     bounds[bounds > 1e19] = np.inf
-    return chunks[~(bounds < threshold)]
+    return chunks, bounds
 
 
 def floats(column: pa.ChunkedArray) -> Floats:

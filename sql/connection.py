@@ -21,13 +21,14 @@ from ..catalog.run import Run
 from ..catalog.stores import Store
 from .dataset import LazyDataset
 from .functions import RUN_FUNCTIONS, add_functions
-from .guard import require_read
+from .guard import require_read, split_explain
+from .keys import Restriction
 from .reads import ReadLog
 from .relations import RUN_RELATIONS, run_relations, site_scans
 from .scan import SiteScan
 from .syntax import Node, quoted, walk
 from .translation import translated
-from .twophase import Restriction, in_two_phases
+from .twophase import Planned, in_two_phases
 from .views import finding_views, main_relations
 
 __all__ = ["Session", "connect", "query"]
@@ -117,6 +118,15 @@ def query(
         As for :meth:`Session.sql`, and so are the errors.
     run, log, memory_limit, unsafe
         As for :class:`Session`.
+
+    Examples
+    --------
+    >>> from layerlake.catalog.lake import create_lake
+    >>> lake = Lake(create_lake("memory://an-example").url)
+    >>> query(lake, "SELECT unit([1.5, 2.5]::FLOAT[2], 0), unit([1.5, 2.5]::FLOAT[2], 2)").fetchall()
+    [(1.5, None)]
+    >>> query(lake, "SELECT norm([3.0, 4.0]::FLOAT[2])").fetchall()
+    [(5.0,)]
     """
     return Session(lake, run=run, log=log, memory_limit=memory_limit, unsafe=unsafe).sql(text, params)
 
@@ -204,20 +214,28 @@ class Session:
             The query does not read, is wrong, or names what is not there. What goes wrong later, as rows are
             fetched, is a ``duckdb.Error``.
         """
+        with translated(self.connection, self.lake, self.chosen):
+            explain, asked = split_explain(self.connection, text)
+            planned = self.plan(asked, params)
+            if not explain:
+                return planned.relation
+            return self.connection.sql(explain + planned.text, params=planned.params)
+
+    def plan(self, text: str, params: Params = None) -> Planned:
+        """Bind a query, in two phases if that spares reads (:mod:`layerlake.sql.twophase`); its errors are DuckDB's."""
         given: Any = (
             list(params) if isinstance(params, Sequence) else None if params is None else dict(params)
         )
-        with translated(self.connection, self.lake, self.chosen):
-            tree = require_read(self.connection, text)
-            self._register_named(tree)
-            try:
-                relation = self.connection.sql(text, params=given)
-            except duckdb.CatalogException:
-                self.register_main()  # for DuckDB to suggest what was meant
-                if self.chosen is not None:
-                    self.register_run(self.chosen)
-                relation = self.connection.sql(text, params=given)
-            return in_two_phases(self, text, given, relation)
+        tree = require_read(self.connection, text)
+        self._register_named(tree)
+        try:
+            relation = self.connection.sql(text, params=given)
+        except duckdb.CatalogException:
+            self.register_main()  # for DuckDB to suggest what was meant
+            if self.chosen is not None:
+                self.register_run(self.chosen)
+            relation = self.connection.sql(text, params=given)
+        return in_two_phases(self, Planned(text, given, relation))
 
     def site(self, path: Sequence[str]) -> SiteScan | None:
         """Return what a table's name stands for, if that is a site relation of a run that is registered."""
@@ -249,12 +267,10 @@ class Session:
             self.connection.from_arrow(relation).create_view(name)
         self._search(["main", self.chosen] if self.chosen in self._registered else ["main"])
 
-    def add_unnamed(self, schema: str, relation: LazyDataset | pa.Table) -> str:
-        """Create a view over a Python object under a name of its own, and return that."""
+    def new_name(self) -> str:
+        """Return the name of no relation that there is."""
         self._n_unnamed += 1
-        name = f"relation_{self._n_unnamed}"
-        self.add(schema, {name: relation})
-        return name
+        return f"relation_{self._n_unnamed}"
 
     def register_run(self, run_id: str) -> None:
         """Register a run's schema, by its whole id."""

@@ -18,10 +18,10 @@ from ..catalog.sites import SITES, Site
 from ..catalog.sizes import format_nbytes
 from .connection import Session
 from .guard import require_read
+from .keys import Restriction
 from .reads import Read, ReadLog
 from .syntax import walk
 from .translation import translated
-from .twophase import Restriction
 
 __all__ = ["Explanation", "SiteReads", "explain"]
 
@@ -51,7 +51,11 @@ class SiteReads:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What a query read. As text: a line for each site, one for each first phase, and the total."""
+    """What a query read. As text: a line for each site, one for each first phase, and the total.
+
+    What counts is the values of sites. Tokens, documents, zones and findings, which are small beside them, are not in
+    it.
+    """
 
     sites: tuple[SiteReads, ...]
     keys: tuple[Restriction, ...]

@@ -7,7 +7,7 @@ import duckdb
 from ..catalog.errors import QueryError
 from .syntax import Node, parse, walk
 
-__all__ = ["require_read"]
+__all__ = ["require_read", "split_explain"]
 
 _READS = "SQL only reads a lake: SELECT, EXPLAIN, DESCRIBE, SHOW and SUMMARIZE."
 _READING_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
@@ -48,6 +48,15 @@ def require_read(connection: duckdb.DuckDBPyConnection, text: str) -> Node:
         if type_.endswith("_NODE") and type_ not in _READING_NODES:
             raise QueryError(f"{type_.partition('_')[0]} inside a SELECT is not a read.", hint=_READS)
     return tree
+
+
+def split_explain(connection: duckdb.DuckDBPyConnection, text: str) -> tuple[str, str]:
+    """Return a text in two: ``EXPLAIN [ANALYZE] [(options)]`` or nothing, and what is to run."""
+    statements = connection.extract_statements(text)
+    if [statement.type for statement in statements] != [duckdb.StatementType.EXPLAIN]:
+        return "", text
+    asked = _explained(connection, statements[0].query)
+    return statements[0].query.removesuffix(asked), asked
 
 
 def _explained(connection: duckdb.DuckDBPyConnection, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import and_
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from .labels import PAIR_LABELS, TOKEN_LABELS
 if TYPE_CHECKING:
     from .scan import SiteScan
 
-__all__ = ["Keys", "key_columns", "labels_of"]
+__all__ = ["Keys", "Restriction", "key_columns", "labels_of"]
 
 _FEW = 1000
 """The values that are held against each partition one by one; of more, the smallest and the largest."""
@@ -85,6 +86,28 @@ class Keys:
         for column, low, size in zip(columns, self._low, self._sizes, strict=True):
             codes = codes * size + (column - low)
         return codes
+
+
+@dataclass(frozen=True, slots=True)
+class Restriction:
+    """What the first phase has found out of one occurrence of a site relation in a query."""
+
+    run: str
+    relation: str
+    columns: tuple[str, ...] = ()
+    """The columns whose combinations are known."""
+    n_keys: int | None = None
+    """How many combinations; None where there is no such thing to know."""
+    min_norm: float | None = None
+    """What norm a vector has to reach, if the query says so: zones tell in which chunks none can."""
+
+    def __str__(self) -> str:
+        found = []
+        if self.n_keys is not None:
+            found.append(f"joins, subqueries and functions leave {self.n_keys} ({', '.join(self.columns)})")
+        if self.min_norm is not None:
+            found.append(f"zones tell where a norm can reach {self.min_norm:g}")
+        return f"{self.relation} of {self.run}: {'; '.join(found)}"
 
 
 def key_columns(scan: SiteScan, names: set[str]) -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from ..catalog.manifest import Partition
 from ..catalog.run import Run, decode
 from ..catalog.sites import SITES
-from .bounds import chunks_with_norm_above
+from .bounds import Ints, norm_bounds
 from .dataset import filtered, mentions, possible
 from .keys import Keys
 from .labels import PAIR_LABELS, TOKEN_LABELS, Labels
@@ -93,6 +93,8 @@ class SiteScan:
         self.log = log
         self.site = SITES[relation.sites[0]]
         self.is_pairs = self.site.rows == "pair"
+        # zones are whole objects, and a query may scan a site several times: 12 bytes a chunk are kept of them
+        self._norm_bounds = cache(partial(norm_bounds, run, relation))
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -146,7 +148,7 @@ class SiteScan:
                 if where is not None and not is_late:
                     rows = filtered(rows, where)
                 if min_norm is not None and rows.num_rows:
-                    chunks = chunks_with_norm_above(self.run, self.relation, place[0], partition, min_norm)
+                    chunks = self.chunks_with_norm_above(place[0], partition, min_norm)
                     rows = rows.filter(np.isin(rows[_INDEX].to_numpy() // self._chunk_rows, chunks))
                 if not rows.num_rows:
                     continue
@@ -189,6 +191,11 @@ class SiteScan:
         guarantee &= (pc.field("row") >= start) & (pc.field("row") < stop)
         return guarantee & (pc.field("chunk") >= chunks[0]) & (pc.field("chunk") <= chunks[1])
 
+    def chunks_with_norm_above(self, layer: int, partition: Partition, threshold: float) -> Ints:
+        """Return the chunks that may hold a vector for which SQL's ``norm(vec)`` reaches a threshold, in order."""
+        chunks, bounds = self._norm_bounds(layer, partition)
+        return chunks[~(bounds < np.float64(threshold))]  # which float32 may not hold
+
     # -- the rows' labels -------------------------------------------------------------------------
 
     @cached_property
@@ -224,7 +231,7 @@ class SiteScan:
     def _read(
         self, site: str, partition: Partition, place: tuple[int, ...], rows: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
-        """Read the chunks that hold the rows (ascending); neighbouring chunks in one go."""
+        """Read the chunks that hold the rows (ascending): neighbouring ones in one go, or all if the rows are few."""
         index = (place[0] + self.relation.shift, *place[1:])
         chunks = rows // self.run.manifest.geometry.chunk_rows[site]
         if self.log is not None:
@@ -232,8 +239,11 @@ class SiteScan:
             touched = tuple(np.unique(chunks).tolist())
             self.log.reads.append(Read(self.run.run_id, site, index[0], head, partition.index, touched))
         array: Any = self.run.array(site)
+        parts = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(chunks) > 1) + 1)
+        if len(rows) <= _FEW * len(parts):
+            return decode(array.oindex[*index, rows], self.run.manifest.dtype).astype(np.float32, copy=False)
         values = np.empty((len(rows), *array.shape[len(index) + 1 :]), dtype=np.float32)
-        for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(chunks) > 1) + 1):
+        for part in parts:
             first, stop = int(rows[part[0]]), int(rows[part[-1]]) + 1
             stored = decode(np.asarray(array[*index, first:stop]), self.run.manifest.dtype)
             values[part[0] : part[-1] + 1] = (
@@ -241,6 +251,9 @@ class SiteScan:
             )
         return values
 
+
+_FEW = 16
+"""Rows for each separate read up to which a single one, which picks them one by one, is faster."""
 
 _INDEX = "__index"
 """The column of each row's place on the array's row axis; never part of a result."""

@@ -12,6 +12,7 @@ import duckdb
 __all__ = [
     "Node",
     "alias_of",
+    "aliases_of",
     "all_of",
     "conjuncts",
     "floor_of",
@@ -37,6 +38,8 @@ Node = dict[str, Any]
 _EXACT_AGGREGATES = {"count", "count_star", "min", "max", "bool_and", "bool_or"}
 """Those that give the same value in whichever order the rows come, as a sum of floats does not."""
 _ROW_SOURCES = {"range", "generate_series", "unnest"}
+_NEAREST = ("ASOF", "POSITIONAL")
+"""The joins in which what a row is joined with depends on which other rows there are."""
 _PLACES = {"query_location", "query_location_length", "named_param_map"}
 
 
@@ -137,7 +140,7 @@ def varies(node: Node) -> bool:
         kind in ("LIMIT_MODIFIER", "LIMIT_PERCENT_MODIFIER", "PIVOT", "SHOW_REF")
         or node.get("class") == "WINDOW"
         or node.get("sample") is not None
-        or node.get("ref_type") in ("ASOF", "POSITIONAL")
+        or node.get("ref_type") in _NEAREST
         or (name is not None and name in varying_functions())
     )
 
@@ -213,7 +216,7 @@ def region_of(source: Node, leaf: Node) -> tuple[Node | None, list[str] | None]:
 
     Where an outer join keeps the other side's rows, a row of the leaf that matches one of them matters, whatever
     WHERE says of it: without it, there would be a row of NULLs. Of WHERE, only what it says of the other side
-    counts then.
+    counts then. A row that is joined by its place among others matters always: without it, another would take it.
 
     Returns
     -------
@@ -224,11 +227,13 @@ def region_of(source: Node, leaf: Node) -> tuple[Node | None, list[str] | None]:
     """
     region, tables, at = source, None, source
     while at is not leaf:
+        if at["ref_type"] in _NEAREST:
+            return None, None
         is_left = any(each is leaf for each in leaves_of(at["left"]))
         side, other = ("left", "right") if is_left else ("right", "left")
         kind = at["join_type"]
         if kind == other.upper():
-            kept = [alias_of(each).casefold() for each in leaves_of(at[other])]
+            kept = aliases_of(at[other])
             region, tables = at, kept if tables is None else []
         elif kind not in ("INNER", side.upper()) and not (kind in ("SEMI", "ANTI") and is_left):
             return None, None
@@ -251,6 +256,11 @@ def alias_of(leaf: Node) -> str:
     """Return the name that a part of FROM goes by; a subquery may have none."""
     function = leaf.get("function", {}).get("function_name", "")
     return str(leaf["alias"] or leaf.get("table_name", function))
+
+
+def aliases_of(source: Node) -> list[str]:
+    """Return the names that the parts of a FROM go by, without case."""
+    return [alias_of(leaf).casefold() for leaf in leaves_of(source)]
 
 
 def all_of(connection: duckdb.DuckDBPyConnection, conditions: list[Node]) -> Node:

@@ -14,15 +14,22 @@ from ..catalog.sites import SITES
 from .functions import RUN_FUNCTIONS
 from .relations import RUN_RELATIONS
 from .scan import SITE_RELATIONS
+from .syntax import quoted
 from .views import ANALYSIS_OF_VIEW
 
 __all__ = ["translated"]
 
 _MISSING = re.compile(r'(Table|Function) with name "?(?:.*\.)?([^".]+)"? does not exist')
+_NO_COLUMN = re.compile(
+    r'Referenced column "\S+" not found|does not have a column named|Column "\S+" (does not exist|in EXCLUDE list)'
+)
 _WIDTHS = re.compile(r"array of size \d+ to array of size \d+|must be of the same size")
 
 _SHOWN = 20
 """The runs that a hint names."""
+
+_INTERVENTIONS = {"interventions": "--drop all --swap all", "swap_cosine_documents": "--swap-cosines all"}
+"""What fills the views that no analysis does."""
 
 _TRACEBACK = re.compile(r"\s*Detail: Python exception: Traceback.*", re.DOTALL)
 _CALLED = re.compile(r"Python exception occurred while executing the UDF: \w+: ")
@@ -67,6 +74,8 @@ def translated(
         elif connection is not None and lake is not None and (missing := _MISSING.search(message)):
             is_ours = missing[1] == "Table" or missing[2] in RUN_FUNCTIONS
             hint = _missing_hint(missing[2], connection, lake, run) if is_ours else ""
+        elif connection is not None and lake is not None and _NO_COLUMN.search(message):
+            hint = f"DESCRIBE RELATION lists its columns. {_missing_hint('', connection, lake, run)}"
         raise QueryError(message, hint=hint) from error
 
 
@@ -80,17 +89,25 @@ def _missing_hint(name: str, connection: duckdb.DuckDBPyConnection, lake: Lake, 
     if not runs:
         return f"The lake has no runs. Capture one: layerlake capture {lake.url} …"
     known = ", ".join(runs[:_SHOWN]) + (f", … ({len(runs)})" if len(runs) > _SHOWN else "")
-    if name in ANALYSIS_OF_VIEW and name not in main:
-        return f"No run has been analysed for it: layerlake analyze {lake.url} {ANALYSIS_OF_VIEW[name]}"
+    if name not in main and (how := _view_hint(name, lake)):
+        return how
     if name in {*RUN_RELATIONS, *RUN_FUNCTIONS} and run is None:
-        first = runs[0].replace('"', '""')
-        return f'Say of which run: --run ID, or "{first}".{name}. Runs are: {known}.'
+        return f"Say of which run: --run ID, or {quoted(runs[0])}.{name}. Runs are: {known}."
     if name == "zones" and run is not None and name not in of_run:
         return f"Not all chunks of run {run} have zones. Add them: layerlake index {lake.url} --run {run}"
     if name in {*SITE_RELATIONS, *SITES} and run is not None and name not in of_run:
         return _site_hint(name, run, lake)
     relations = sorted(main | (of_run or set(RUN_RELATIONS)))
     return f"Relations are: {', '.join(relations)}. Runs are: {known}."
+
+
+def _view_hint(name: str, lake: Lake) -> str:
+    """Say what fills a view of findings; nothing of another name."""
+    if name in _INTERVENTIONS:
+        return f"There are none yet: layerlake intervene {lake.url} {_INTERVENTIONS[name]}"
+    if name in ANALYSIS_OF_VIEW:
+        return f"No run has been analysed for it: layerlake analyze {lake.url} {ANALYSIS_OF_VIEW[name]}"
+    return ""
 
 
 def _site_hint(name: str, run_id: str, lake: Lake) -> str:

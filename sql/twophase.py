@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
 
 from ..catalog.errors import LayerLakeError
 from .dataset import LazyDataset
-from .keys import Keys, key_columns, labels_of
+from .keys import Keys, Restriction, key_columns, labels_of
 from .scopes import Scopes
 from .syntax import (
     Node,
     alias_of,
+    aliases_of,
     all_of,
     conjuncts,
     floor_of,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from .connection import Session
     from .scan import SiteScan
 
-__all__ = ["MAX_KEYS", "Restriction", "in_two_phases"]
+__all__ = ["MAX_KEYS", "Planned", "in_two_phases"]
 
 MAX_KEYS = 1 << 20
 """The most keys that are looked for, and the most rows of a subquery that are kept; more would say too little."""
@@ -60,53 +61,36 @@ _SCHEMA = "_layerlake"
 _NESTED = {"array", "list", "struct", "map", "union"}
 
 
-@dataclass(frozen=True, slots=True)
-class Restriction:
-    """What the first phase has found out of one occurrence of a site relation in a query."""
+class Planned(NamedTuple):
+    """A query that is about to run."""
 
-    run: str
-    relation: str
-    columns: tuple[str, ...] = ()
-    """The columns whose combinations are known."""
-    n_keys: int | None = None
-    """How many combinations; None where there is no such thing to know."""
-    min_norm: float | None = None
-    """What norm a vector has to reach, if the query says so: zones tell in which chunks none can."""
-
-    def __str__(self) -> str:
-        found = []
-        if self.n_keys is not None:
-            found.append(f"joins, subqueries and functions leave {self.n_keys} ({', '.join(self.columns)})")
-        if self.min_norm is not None:
-            found.append(f"zones tell where a norm can reach {self.min_norm:g}")
-        return f"{self.relation} of {self.run}: {'; '.join(found)}"
+    text: str
+    params: list[Any] | dict[str, Any] | None
+    relation: duckdb.DuckDBPyRelation
+    """The text, bound."""
 
 
-def in_two_phases(
-    session: Session, text: str, params: list[Any] | dict[str, Any] | None, relation: duckdb.DuckDBPyRelation
-) -> duckdb.DuckDBPyRelation:
-    """Return a query's relation with what its first phase has found built in.
+def in_two_phases(session: Session, query: Planned) -> Planned:
+    """Return a query with what its first phase has found built in.
 
     Parameters
     ----------
     session : Session
         Where it runs; what it names is registered.
-    text : str
-        The query.
-    params : list, dict or None
-        Its parameters.
-    relation : DuckDBPyRelation
-        The query as it is, bound; returned where nothing can be won.
+    query : Planned
+        The query as it is; returned where nothing can be won.
     """
+    n_known = len(session.restrictions)
     try:
-        planned = _Query(session, text, params).plan()
-        if planned is None:
-            return relation
-        found = session.connection.sql(planned[0], params=planned[1])
+        found = _Query(session, query.text, query.params).plan()
+        if found is not None:
+            relation = session.connection.sql(found[0], params=found[1])
+            if (relation.columns, relation.types) == (query.relation.columns, query.relation.types):
+                return Planned(*found, relation)
     except (duckdb.Error, LayerLakeError) as error:
-        _raise_if_interrupted(error)
-        return relation  # which says what is wrong, if anything is
-    return found if (found.columns, found.types) == (relation.columns, relation.types) else relation
+        _raise_if_interrupted(error)  # else the query says what is wrong, if anything is
+    del session.restrictions[n_known:]
+    return query
 
 
 class _Query:
@@ -184,7 +168,8 @@ class _Query:
             self._keep_leaf(leaf)
         # all first phases come first: a site that is restricted has another name
         found = [
-            (leaf, scan, self._keys(select, leaf, scan), self._min_norm(select, leaf)) for leaf, scan in sites
+            (leaf, scan, self._keys(select, leaf, scan), self._min_norm(select, leaf, scan))
+            for leaf, scan in sites
         ]
         for leaf, scan, keys, min_norm in found:
             if keys is not None or min_norm is not None:
@@ -196,12 +181,17 @@ class _Query:
         def batches(columns: Sequence[str], where: pc.Expression | None) -> Iterator[pa.RecordBatch]:
             return scan.batches(columns, where, keys, min_norm)
 
-        name = self.session.add_unnamed(_SCHEMA, LazyDataset(scan.schema, batches))
+        name = self._add(LazyDataset(scan.schema, batches))
         self._rename(leaf, name)
         given = Restriction(scan.run.run_id, scan.relation.name, min_norm=min_norm)
         if keys is not None:
             given = replace(given, columns=keys.names, n_keys=keys.n_keys)
         self.session.restrictions.append(given)
+
+    def _add(self, relation: LazyDataset) -> str:
+        name = self.session.new_name()
+        self.session.add(_SCHEMA, {name: relation})
+        return name
 
     def _rename(self, leaf: Node, name: str) -> None:
         """Name another table in the place of one, by whose name it goes on."""
@@ -255,29 +245,39 @@ class _Query:
     def _keep(self, query: Node, *, shares: bool = True) -> str | None:
         """Keep a query's rows in a table, and return its name; None if it cannot run alone, or is too large.
 
-        Nor does it where it ``shares`` a common table expression with others, and its rows might be others then.
+        The table is DuckDB's own: on the way through Arrow, some types change and collations are lost. There is none
+        where it ``shares`` a common table expression with others, and its rows might be others then.
         """
         text = self.scopes.standalone(query)
         shared = map(self.scopes.definition, self.scopes.outer_ctes(query) if shares else ())
         if text is None or not all(map(self.scopes.is_repeatable, shared)):
             return None
+        name = self.session.new_name()
+        table = f"{quoted(_SCHEMA)}.{quoted(name)}"
         try:
-            bound = self.session.sql(text, self._params_of(query))
+            text, params, bound = self.session.plan(text, self._params_of(query))
             names = [column.casefold() for column in bound.columns]
             if len(set(names)) < len(names) or any(kind.id in _NESTED for kind in bound.types):
                 return None
-            rows = bound.limit(MAX_KEYS + 1).to_arrow_table()
+            self.connection.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(_SCHEMA)}")
+            limited = f"FROM ({text}) LIMIT {MAX_KEYS + 1}"
+            # not bound.create(), which no signal interrupts
+            ((n_rows,),) = self.connection.execute(f"CREATE TABLE {table} AS {limited}", params).fetchall()
         except (duckdb.Error, LayerLakeError) as error:
             _raise_if_interrupted(error)
             return None  # it refers to the query around it, as often as not
-        return self.session.add_unnamed(_SCHEMA, rows) if rows.num_rows <= MAX_KEYS else None
+        if n_rows <= MAX_KEYS:
+            return name
+        self.connection.execute(f"DROP TABLE {table}")
+        return None
 
     # -- the first phase --------------------------------------------------------------------------
 
     def _keys(self, select: Node, leaf: Node, scan: SiteScan) -> Keys | None:
         """Return the rows of a site that can be part of what a SELECT selects from, by their labels."""
         source, tables = region_of(select["from_table"], leaf)
-        if source is None or leaf["column_name_alias"]:
+        names = aliases_of(select["from_table"])
+        if source is None or leaf["column_name_alias"] or len(set(names)) < len(names):
             return None
         source = copy.deepcopy(source)
         leaves, joins = leaves_of(source), joins_of(source)
@@ -292,33 +292,35 @@ class _Query:
             self._is_certain(each, sites, has_values=True) for each in leaves
         ):
             return None
-        names = {name for part in [source, *where] for each in names_in(part) for name in each}
+        needed = {name for part in [source, *where] for each in names_in(part) for name in each}
         if any(join["ref_type"] == "NATURAL" for join in joins):
-            names.add("*")
-        columns = key_columns(scan, set(scan.schema.names) if "*" in names else names)
+            needed.add("*")
+        columns = key_columns(scan, set(scan.schema.names) if "*" in needed else needed)
         if not columns and not where:
             return None
         columns = columns or list(scan.dimensions[:1])  # conditions that are true of all rows, or of none
         for other in leaves:
             if (found := sites.get(alias_of(other))) is not None:
-                self._replace(other, self.session.add_unnamed(_SCHEMA, labels_of(found)), alias_of(other))
+                self._replace(other, self._add(labels_of(found)), alias_of(other))
         named = ", ".join(f"{quoted(alias_of(leaf))}.{name}" for name in columns)
         query = parse(self.connection, f"SELECT DISTINCT {named}")["node"]
         query["from_table"], query["where_clause"] = source, all_of(self.connection, where)
-        text = self.scopes.standalone(query)
-        if text is None:
-            return None
-        rows = self.connection.sql(text, params=self._params_of(query)).limit(MAX_KEYS + 1).to_arrow_table()
-        return Keys(rows.rename_columns(columns)) if rows.num_rows <= MAX_KEYS else None
+        rows = self._answer(query)
+        return Keys(rows.rename_columns(columns)) if rows is not None and rows.num_rows <= MAX_KEYS else None
 
-    def _min_norm(self, select: Node, leaf: Node) -> float | None:
-        """Return what norm WHERE wants a site's vectors to reach, if it does; without it, their rows are dropped."""
+    def _min_norm(self, select: Node, leaf: Node, scan: SiteScan) -> float | None:
+        """Return what norm a site's vectors have to reach, lest WHERE or the ON of an inner join drop their rows."""
         source, tables = region_of(select["from_table"], leaf)
-        if source is None or tables is not None or leaf["column_name_alias"] or varies(leaf):
+        if source is None or tables is not None or scan.is_pairs or leaf["column_name_alias"] or varies(leaf):
             return None
-        names = [alias_of(each).casefold() for each in leaves_of(select["from_table"])]
+        names = aliases_of(select["from_table"])
         alias, known = alias_of(leaf).casefold(), []
-        for condition in conjuncts(select["where_clause"]):
+        given = [
+            join["condition"]
+            for join in joins_of(source)
+            if join["join_type"] == "INNER" and any(each is leaf for each in leaves_of(join))
+        ]
+        for condition in [each for part in [select["where_clause"], *given] for each in conjuncts(part)]:
             value, bound = floor_of(condition, "norm") or ({}, {})
             (named,) = tuple(names_in(value)) if value.get("class") == "COLUMN_REF" else ((),)
             if named == ("vec",) or (named == (alias, "vec") and names.count(alias) == 1):
@@ -331,11 +333,21 @@ class _Query:
             return None
         query = parse(self.connection, "SELECT CAST(1 AS DOUBLE)")["node"]
         query["select_list"][0]["child"] = part
+        answer = self._answer(query)
+        number: float | None = None if answer is None else answer[0][0].as_py()
+        return number
+
+    def _answer(self, query: Node) -> pa.Table | None:
+        """Return the rows of a query that is made of parts of this one, to one above the most; None if it fails."""
         text = self.scopes.standalone(query)
         if text is None:
             return None
-        ((number,),) = self.connection.sql(text, params=self._params_of(query)).fetchall()
-        return None if number is None else float(number)
+        try:
+            rows = self.connection.sql(text, params=self._params_of(query)).limit(MAX_KEYS + 1)
+            return rows.to_arrow_table()
+        except duckdb.Error as error:
+            _raise_if_interrupted(error)
+            return None
 
     def _are_sets(self, joins: Sequence[Node], sites: Mapping[str, SiteScan]) -> bool:
         """Tell whether joins have the same rows, as a set, without the sites' values; leave out conditions on these.

@@ -61,6 +61,10 @@ class CaptureProgress(Protocol):
         """Take a phase's name, tokens done and in all, bytes stored, and objects waiting to be stored."""
 
 
+def silent(phase: str, done: int, total: int, *, nbytes: int = 0, queued: int = 0) -> None:
+    """Show no progress."""
+
+
 @contextmanager
 def show_capture(label: str) -> Iterator[CaptureProgress]:
     """Show a capture's progress: a bar on a terminal, elsewhere a line for each tenth of the way."""

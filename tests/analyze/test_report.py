@@ -37,7 +37,7 @@ from layerlake.catalog.run import Run
 MADE = datetime(2024, 6, 19, 12, 0, tzinfo=UTC)
 LENGTHS = (20, 30, 24, 19)  # some queries have 17 tokens before them
 FIGURES = 7
-UNMET = DEMANDS.keys() - {"stages"}
+UNMET = DEMANDS.keys() - {"stages", "neurons"}
 ANY_TEXT = [name for name in TITLES if name not in UNMET]
 """What a run of random tokens can answer: the others need words, or a task, or interventions."""
 
@@ -196,7 +196,10 @@ def test_a_text_that_can_answer_is_not_left_out(make_run: MakeRun, tmp_path: Pat
         token_ids=np.concatenate(documents), vocab=WORDS_AND_PIECES, prompts=prompts, context=48, partition_tokens=128,
     )  # fmt: skip
     ing_run = planted_run(tmp_path / "ing", TINY, build_run)
-    for run, met in ((words_run, {"subjoiner", "wic"}), (ing_run, {"ing", "stages"})):
+    for run, met in (
+        (words_run, {"subjoiner", "wic", "neurons"}),
+        (ing_run, {"ing", "stages", "neurons"}),
+    ):
         assert {name for name, demand in DEMANDS.items() if demand.is_met(run)} == met
         words = Page(build_report(Lake(run.store.url), made=MADE)).words
         assert words.count("Left out, with") == len(DEMANDS) - len(met)
@@ -320,6 +323,19 @@ def test_labels_are_short_and_differ(make_run: MakeRun) -> None:
     ]  # fmt: skip
     assert [item.run for item in series] == [run.run_id for run in runs]
     assert {(item.n_layers, item.family) for item in series} == {(TINY.n_layers, TINY.family)}
+
+
+def test_the_label_of_an_intervened_run_is_its_schedule(make_run: MakeRun) -> None:
+    """Also of one by itself; text and digits follow where they are needed."""
+    plain, *others = (make_run(seed=seed) for seed in range(4))
+    told = [("0,2", "x.txt"), ("1,0", "x.txt"), ("1,0", "y.txt")]
+    runs = [plain] + [
+        rename(run, dataset=dataset, identity={"baseline": plain.run_id, "schedule": schedule})
+        for run, (schedule, dataset) in zip(others, told, strict=True)
+    ]
+    labels = ["tiny", "tiny · 0,2", "tiny · 1,0 · x.txt", "tiny · 1,0 · y.txt"]
+    assert [item.label for item in label_runs(runs)] == labels
+    assert [item.label for item in label_runs(runs[2:3])] == ["tiny · 1,0"]
 
 
 def test_a_lake_without_runs(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import pytest
 from tests.analyze.intervention_rows import every_position, planned, write_rows
 from tests.conftest import TINY
 
-from layerlake.analyze.analyses import ANALYSES, run_analysis
+from layerlake.analyze.analyses import ANALYSES, run_all, run_analysis
 from layerlake.analyze.inputs import Input, NoOptions
 from layerlake.analyze.stages import STAGES_READS, family_curves, locate_stages
+from layerlake.catalog.errors import AnalysisError
 from layerlake.catalog.findings import Finding, FindingKey, newest_findings, write_finding
 from layerlake.catalog.lake import Lake
+from layerlake.catalog.manifest import commit_manifest
 from layerlake.catalog.run import Run
 from layerlake.catalog.schedules import plan_interventions
 
@@ -115,6 +117,12 @@ def plant(run: Run, values: Mapping[str, Doubles]) -> dict[str, Input]:
 def deep(make_run: Callable[..., Run]) -> Run:
     """A run of a model of many layers."""
     return make_run(name="deep", shape=replace(TINY, n_layers=N_LAYERS), sites=("resid",), lengths=(5,))
+
+
+def as_intervened(run: Run, baseline: Run) -> Run:
+    """Let a run be one of the baseline's model with two layers swapped, by a further snapshot."""
+    identity = run.manifest.identity | {"baseline": baseline.run_id, "schedule": "1,0"}
+    return Run(run.store, commit_manifest(run.store, replace(run.manifest, identity=identity)))
 
 
 def judged(run: Run, values: Mapping[str, Doubles]) -> dict[str, Row]:
@@ -306,8 +314,9 @@ def test_stages_of_runs_build_on_what_is_computed(make_run: Callable[..., Run]) 
 
 
 def test_probes_are_those_of_another_run_of_the_model(make_run: Callable[..., Run]) -> None:
-    """WiC is a run of its own; only what is stored is read, with the analysis's defaults."""
-    text, other = (make_run(name="m", lengths=lengths) for lengths in ((5, 9), (5, 8)))
+    """WiC is a run of its own; only what is stored is read, with the defaults, of the model as it is."""
+    text, other, swapped = (make_run(name="m", lengths=lengths) for lengths in ((5, 9), (5, 8), (5, 7)))
+    swapped = as_intervened(swapped, other)
     stranger = make_run(name="n")
     lake = Lake(text.store.url)
     version = ANALYSES["wic"].version
@@ -316,6 +325,7 @@ def test_probes_are_those_of_another_run_of_the_model(make_run: Callable[..., Ru
         (other, {}, 1, 9),
         (other, {"pooling": "mean"}, 0, 9),
         (stranger, {}, 0, 99),
+        (swapped, {}, 0, 99),
     ):
         rows = [
             {
@@ -334,3 +344,18 @@ def test_probes_are_those_of_another_run_of_the_model(make_run: Callable[..., Ru
     (row,) = (row for row in found if row["signature"] == "probe_peak")
     assert (row["value"], row["depth"], row["holds"]) == (0.6, 0.5, True)
     assert row["note"].startswith(f"from run {other.run_id}; ")
+
+
+@pytest.mark.parametrize("sites", [("resid", "attn_band"), ("resid",)])
+def test_an_intervened_model_has_no_stages(make_run: Callable[..., Run], sites: tuple[str, ...]) -> None:
+    """Nor is any curve of it in its family's mean. The baseline is named, not a site that would be of no use."""
+    baseline = make_run(name="m", sites=("resid", "attn_band"))
+    swapped = as_intervened(make_run(name="m", lengths=(5, 8), sites=sites), baseline)
+    lake = Lake(baseline.store.url)
+    findings, skipped = run_all(lake)
+    assert {finding.analysis: finding.runs for finding in findings}["stages"] == (baseline.run_id,)
+    (reason,) = (skip.reason for skip in skipped if (skip.run, skip.analysis) == (swapped.run_id, "stages"))
+    assert "are steps of 1,0" in reason
+    with pytest.raises(AnalysisError, match="are steps of 1,0") as caught:
+        run_analysis(lake, "stages", runs=[swapped.run_id])
+    assert caught.value.hint.endswith(f"--run {baseline.run_id}")

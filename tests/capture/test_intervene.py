@@ -18,11 +18,10 @@ import torch
 import transformers
 
 from layerlake.analyze.analyses import run_analysis
-from layerlake.capture import batches
-from layerlake.capture.batches import plan_batches
+from layerlake.capture import units
 from layerlake.capture.execute import capture_run
 from layerlake.capture.intervene import execute_interventions
-from layerlake.capture.interventions import InterventionSpec, Unit, plan_intervention
+from layerlake.capture.interventions import InterventionSpec, plan_intervention
 from layerlake.capture.model import open_model
 from layerlake.capture.spec import CaptureSpec
 from layerlake.catalog.errors import CorruptRun, PlanError
@@ -162,19 +161,11 @@ def test_without_the_last_layer_it_is_the_lens(run: Run) -> None:
 def test_blocks_executed_are_those_of_the_closed_forms(run: Run, what: dict[str, Any]) -> None:
     for resume in (True, False):
         plan, outcome = intervene(run, **what, resume=resume)
-        n_units = dict.fromkeys(("interventions", "swap_cosine_documents"), 0)
-        n_floor = 0
-        for unit in plan.units:
-            if unit.interventions[0].kind == "noop":
-                n_floor += count_blocks(unit.interventions)
-            else:
-                n_units[unit.view] += 1
-        a_batch = plan.n_blocks if resume else plan.n_blocks_without_resume
-        expected = (
-            n_units["interventions"] * a_batch + n_units["swap_cosine_documents"] * plan.n_cosine_blocks
-        )
-        assert outcome.n_blocks == expected + n_floor
-        assert outcome.n_batches == len(plan.units)
+        numbers = plan.to_json()
+        assert outcome.n_blocks == numbers["blocks"] + numbers["floor_and_cosine_blocks"]
+        assert outcome.n_batches == numbers["batches"] == sum(len(unit.batches) for unit in plan.units)
+        n_batches = sum(len(unit.batches) for unit in plan.units if unit.is_main)
+        assert numbers["blocks"] == n_batches * count_blocks(plan.interventions, is_resumed=resume)
 
 
 def test_more_documents_and_more_schedules_run_what_is_missing(run: Run) -> None:
@@ -182,7 +173,7 @@ def test_more_documents_and_more_schedules_run_what_is_missing(run: Run) -> None
     before = rows(run)
     plan, more = intervene(run, drop="all")
     assert {d.number for u in plan.units for d in u.documents}.isdisjoint(before["document"])
-    assert more.n_blocks == plan.n_blocks * len(plan.units)
+    assert more.n_blocks == plan.to_json()["blocks"] > 0
     plan, other = intervene(run, drop="all", swap="0")
     assert {i.name for u in plan.units for i in u.interventions} == {plan.interventions[-1].name}
     assert other.n_blocks == len(plan.units) * count_blocks(plan_interventions(3, swap="0"))
@@ -199,7 +190,7 @@ def test_some_positions_are_those_of_all(run: Run) -> None:
     plan, outcome = intervene(run, drop="all", positions=4)
     few, n_documents = rows(run, positions=4), len(run.stored_documents)
     assert len(few) == 4 * 4 * n_documents
-    assert outcome.n_blocks < 10 * plan.n_blocks
+    assert outcome.n_blocks < 10 * count_blocks(plan.interventions)
     intervene(run, drop="all")
     every = rows(run).merge(few[ORDER], on=ORDER)
     np.testing.assert_allclose(every["kl_nats"], few["kl_nats"], rtol=0, atol=5e-6)
@@ -216,6 +207,51 @@ def test_what_another_process_has_stored_meanwhile_is_not_stored_again(run: Run)
     assert not found.duplicated(ORDER).any()
     assert execute_interventions(same).n_rows == 0
     pd.testing.assert_frame_equal(rows(run), found, check_exact=True)
+
+
+def test_what_is_gone_is_found_missing_though_others_stored_beside_it(run: Run) -> None:
+    """A part claims no more than its rows: what was left to another's part is missing when that is gone."""
+    drops, all_of_it = (
+        plan_intervention(run, InterventionSpec(drop="all", swap=swap)) for swap in (None, "all")
+    )
+    execute_interventions(drops)
+    of_drops = {part.path for part in drops.finding("interventions").parts()}
+    execute_interventions(all_of_it)
+    before = rows(run)
+    for path in of_drops:
+        run.store.delete(path)
+    intervene(run, drop="all", swap="all")
+    pd.testing.assert_frame_equal(rows(run), before, check_exact=True)
+
+
+def test_a_document_too_short_for_the_floor(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """An answer of two tokens has a place to look at, and its beginning has no evaluation position."""
+    path = tmp_path / "lambada.jsonl"
+    path.write_text(json.dumps({"context": "the", "continuation": "fox"}))
+    run = capture_run(tmp_path / "lake", make_spec(dataset=path, task="lambada", sites="resid"))
+    assert max(run.stored_documents["n_tokens"].to_pylist()) <= 2
+    plan, outcome = intervene(run, drop="all")
+    assert all(unit.is_main for unit in plan.units)
+    assert outcome.n_rows == len(plan.interventions)
+
+
+@pytest.mark.parametrize("run", ["gpt2", "gpt_neox", "llama"], indirect=True)
+def test_an_ablated_layer_is_not_run_where_the_lake_holds_the_rest_of_it(
+    run: Run, make_spec: MakeSpec
+) -> None:
+    what = {"ablate_attn": "all", "ablate_mlp": "all"}
+    plan, outcome = intervene(run, **what)
+    whole = sum(len(unit.batches) * count_blocks(unit.interventions) for unit in plan.units)
+    held = capture_run(
+        Path(run.store.url).parent / "held", make_spec(run.shape.family, sites="resid,attn_out,mlp_out")
+    )
+    _, spared = intervene(held, **what)
+    n_layers = run.shape.n_layers if run.shape.block == "sequential" else 2 * run.shape.n_layers
+    n_batches = sum(len(unit.batches) for unit in plan.units if unit.is_main)
+    assert outcome.n_blocks == whole
+    assert spared.n_blocks == whole - n_layers * n_batches
+    numbers = [*ORDER, "kl_nats", "delta_loss_nats", "delta_entropy_bits"]  # the capture's batches are others
+    pd.testing.assert_frame_equal(rows(held)[numbers], rows(run)[numbers], rtol=0, atol=1e-5)
 
 
 def test_of_a_task_the_losses_add_up_to_the_answers_likelihood(
@@ -282,10 +318,10 @@ def test_killed_between_parts_it_goes_on(run: Run, tmp_path: Path) -> None:
     process.join(timeout=120)
     assert process.exitcode == -9
 
-    assert len(plan.finding("interventions").parts()) == 2
+    assert len(GrowingFinding(run.store, run.run_id, plan.params("interventions")).parts()) == 2
     left, rest = intervene(run, drop="all", swap="all")
     assert len(left.units) == len(plan.units) - 2 > 0
-    assert rest.n_blocks == outcome.n_blocks - 2 * plan.n_blocks
+    assert rest.n_blocks == outcome.n_blocks - 2 * count_blocks(plan.interventions)
     pd.testing.assert_frame_equal(rows(run), rows(Lake(whole).run()), check_exact=True)
     names = [
         sorted(path.parent.name for path in Path(lake).glob("findings/*/*/*"))
@@ -311,29 +347,28 @@ def test_a_boundary_that_is_not_finite(
 
 def test_batches_fit_into_the_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_intervention(run, InterventionSpec(drop="all"))
-    model = open_model(plan.model, device="cpu")
-    documents = tuple(document for unit in plan.units[:-1] for document in unit.documents)
-    unit = Unit("interventions", documents, plan.interventions)
-    (together,) = plan_batches(plan, unit, model)
+    documents = [document for unit in plan.units[:-1] for document in unit.documents]
+
+    def batches(max_memory: int | str = "4GiB") -> tuple[tuple[units.MeasuredDocument, ...], ...]:
+        return units.plan_batches(run, documents, plan.interventions, device="cpu", max_memory=max_memory)
+
+    (together,) = batches()
     assert sorted(d.number for d in together) == [d.number for d in documents]
     lengths = [len(d.token_ids) for d in together]
     assert lengths == sorted(lengths)
-    monkeypatch.setattr(batches, "_MAX_BATCH_TOKENS", 2 * max(lengths))
-    cut = plan_batches(plan, unit, model)
+    monkeypatch.setattr(units, "_MAX_BATCH_TOKENS", 2 * max(lengths))
+    cut = batches()
     assert [d.number for batch in cut for d in batch] == [d.number for d in together]
     assert max(len(batch) * len(batch[-1].token_ids) for batch in cut) <= 2 * max(lengths)
     assert min(map(len, cut)) >= 1 < len(cut)
 
-    def fitting(max_memory: int) -> int:
-        return len(plan_batches(replace(plan, spec=replace(plan.spec, max_memory=max_memory)), unit, model))
-
     monkeypatch.undo()
-    counts = [fitting(nbytes) for nbytes in range(129 << 20, 132 << 20, 256 << 10)]
+    counts = [len(batches(nbytes)) for nbytes in range(129 << 20, 134 << 20, 256 << 10)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[-1] == 1
     with pytest.raises(PlanError, match=r"more than --max-memory 1\.0 MiB") as caught:
-        fitting(1 << 20)
-    assert "--positions" in caught.value.hint
+        batches(1 << 20)
+    assert caught.value.hint == "Give more."
 
 
 def test_values_that_overflow_on_the_way(run: Run) -> None:
@@ -350,7 +385,7 @@ def test_values_that_overflow_on_the_way(run: Run) -> None:
 def test_a_tree_of_schedules_runs_what_they_share_once(run: Run) -> None:
     texts = ("0,2", "0,2,1", "0,2,1,1", "0,2,1,0")
     plan, _ = intervene(run, schedules=texts, max_documents=2)
-    assert plan.n_blocks == 1 + 1 + 1 + 1
+    assert count_blocks(plan.interventions) == 1 + 1 + 1 + 1
     alone = [intervene(run, schedules=(text,), resume=False, max_documents=2) for text in texts]
     assert len(alone) == 4
     a, b = rows(run), rows(run, is_resumed=False)

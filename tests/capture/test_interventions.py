@@ -47,19 +47,22 @@ def test_a_plan_says_what_is_missing(run: Run) -> None:
     stored = run.stored_documents["n_tokens"].to_pylist()
     n_layers = run.shape.n_layers
     assert n_layers == 3
+    n_partitions = len(run.manifest.partitions)
     assert plan.to_json() == {
         "run": run.run_id,
         "interventions": 5,
         "documents": len(stored),
         "positions": sum(len(evaluation_positions(n)) for n in stored),
-        "blocks_a_batch": 3 + 5 - 2,
-        "blocks_a_batch_without_resume": 3 + 3 * 2 + 2 * 3,
-        "cosine_blocks_a_batch": 2 * 2 + 3,
+        "batches": 2 * n_partitions + 1,
+        "blocks": n_partitions * (3 + 5 - 2),
+        "blocks_without_resume": n_partitions * (3 + 3 * 2 + 2 * 3),
+        "floor_and_cosine_blocks": (3 + 2 + 1) + n_partitions * (2 * 2 + 3),
     }
     execute_interventions(plan)
     again = plan_intervention(run, plan.spec)
     assert not again.units
-    assert again.to_json() == plan.to_json() | {"documents": 0, "positions": 0}
+    nothing = dict.fromkeys(plan.to_json().keys() - {"run", "interventions"}, 0)
+    assert again.to_json() == plan.to_json() | nothing
 
 
 def test_units_are_of_one_partition_and_hold_what_fits_into_a_part(

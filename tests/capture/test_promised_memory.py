@@ -18,6 +18,8 @@ from layerlake.demo.tour import demo_model_path
 
 _log = logging.getLogger(__name__)
 
+LAYERLAKE = (sys.executable, "-m", "layerlake")
+
 
 @pytest.fixture(scope="module")
 def text_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -88,3 +90,28 @@ def test_memory_is_bounded_before_a_slow_store(
     assert outcome["waited_seconds"] > 0.1 * outcome["seconds"], "the store was not the slower of the two"
     assert peak <= parse_nbytes(max_memory)
     assert predicted <= parse_nbytes(max_memory)
+
+
+@pytest.mark.parametrize(
+    ("max_memory", "n_batches"),
+    [
+        ("256MiB", 2),
+        pytest.param("224MiB", 3, marks=pytest.mark.slow),
+        pytest.param("512MiB", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_of_interventions_is_bounded(
+    text_path: Path, tmp_path: Path, max_memory: str, n_batches: int
+) -> None:
+    """The tighter it is, the more batches."""
+    model, lake = str(demo_model_path("stdlib-gpt2")), str(tmp_path / "lake")
+    given = ("--dataset", str(text_path), "--sites", "resid", "--max-tokens", "5k")
+    subprocess.run([*LAYERLAKE, "capture", lake, "--model", model, *given], check=True, capture_output=True)
+    asked = ("--drop", "all", "--swap", "all", "--max-memory", max_memory, "--json")
+    ran = subprocess.run([*LAYERLAKE, "intervene", lake, *asked], check=True, capture_output=True)
+    (outcome,), (plan,) = (json.loads(ran.stdout)[name] for name in ("outcome", "plan"))
+    if outcome["peak_host_nbytes"] is None:
+        pytest.skip("only Linux tells how much memory a process has taken")
+    _log.warning("--max-memory %s: peak %.1f MiB", max_memory, outcome["peak_host_nbytes"] / 2**20)
+    assert plan["batches"] >= n_batches + 1  # and the floor
+    assert outcome["peak_host_nbytes"] <= parse_nbytes(max_memory)

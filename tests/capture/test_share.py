@@ -70,17 +70,17 @@ def test_under_torchrun_each_process_takes_its_own_device(
 ) -> None:
     for variable, value in (TORCHRUN | {"LOCAL_RANK": str(local_rank)}).items():
         monkeypatch.setenv(variable, value)
-    model._choose_device(name)  # noqa: SLF001
+    model.choose_device(name)
     assert devices == [expected]
 
 
 def test_a_device_that_is_named_is_taken(devices: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("auto", "cuda"):  # no torchrun
-        model._choose_device(name)  # noqa: SLF001
+        model.choose_device(name)
     for variable, value in TORCHRUN.items():
         monkeypatch.setenv(variable, value)
     for name in ("cuda:3", "cpu"):
-        model._choose_device(name)  # noqa: SLF001
+        model.choose_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    model._choose_device("auto")  # noqa: SLF001
+    model.choose_device("auto")
     assert devices == ["cuda", "cuda", "cuda:3", "cpu", "cpu"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from tests.catalog.wreckage import add_finding, without_zones
 
 from layerlake.catalog.layout import part_path, run_path
+from layerlake.catalog.manifest import commit_manifest
 from layerlake.catalog.reservation import reserve_run
 from layerlake.catalog.run import Run
 from layerlake.catalog.sites import SITES
@@ -96,6 +97,17 @@ def test_rm_of_an_empty_name_removes_nothing(layerlake: Callable[..., Result], r
     assert result.code == 2
     assert "empty" in result.err
     assert layerlake("verify", run.store.url).code == 0
+
+
+def test_ls_tells_intervened_runs_apart(
+    layerlake: Callable[..., Result], run: Run, make_run: Callable[..., Run]
+) -> None:
+    other = make_run(lengths=(5, 9)).manifest
+    identity = other.identity | {"baseline": run.run_id, "schedule": "1,0"}
+    commit_manifest(run.store, replace(other, identity=identity))
+    rows = json.loads(layerlake("ls", run.store.url, "--json").out)
+    assert {row["run"]: row["schedule"] for row in rows} == {run.run_id: None, other.run_id: "1,0"}
+    assert "1,0" in layerlake("ls", run.store.url).out
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b'{"format_version": 1}'])

@@ -54,7 +54,10 @@ def conditions(draw: st.DrawFn, site: str, depth: int = 2, *, on_values: bool = 
     axis, where = AXES[site], draw(st.sampled_from(ON_TOKENS))
     column = draw(st.sampled_from(TOKEN_KEYS))
     small = draw(small_sides(column))
-    late = ["unit(s.vec, 0) > 0.3", "norm(s.vec) > s.position", "hash(s) % 2 = 0"] if on_values else []
+    late = [
+        "unit(s.vec, 0) > 0.3", "norm(s.vec) > s.position", "hash(s) % 2 = 0", "norm(s.vec) > 6", "4.5 <= norm(s.vec)",
+        "norm(s.vec) BETWEEN 5 AND 6",
+    ] if on_values else []  # fmt: skip
     return draw(
         st.sampled_from(
             [
@@ -113,7 +116,7 @@ def queries(draw: st.DrawFn) -> str:
     has_t = not hides and source != f"{site} s"
     where = []
     if shown == "s" and (not hides or "documents" not in source):
-        where.append(condition)
+        where.append(draw(st.sampled_from([condition, "norm(s.vec) > 4.5"])))
     if has_t:
         where.append(draw(st.sampled_from([on_token, on, "true", "t.row IS NULL"])))
     if "s, tokens t" in source:

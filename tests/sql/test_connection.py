@@ -86,6 +86,17 @@ def test_misspelt_relation_lists_the_relations(tiny_lake: Lake) -> None:
     assert "runs" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["SELECT vce FROM resid", "SELECT r.vce FROM resid r", "SELECT vec FROM resid JOIN tokens USING (rwo)"],
+)
+def test_misspelt_column_says_where_columns_are_listed(tiny_lake: Lake, text: str) -> None:
+    with pytest.raises(QueryError) as caught:
+        query(tiny_lake, text)
+    assert caught.value.hint.startswith("DESCRIBE RELATION")
+    assert "mlp_post" in caught.value.hint
+
+
 def test_misspelt_schema_lists_the_runs(tiny_lake: Lake) -> None:
     with pytest.raises(QueryError) as caught:
         query(tiny_lake, "FROM tinny.resid")

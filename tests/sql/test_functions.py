@@ -48,6 +48,17 @@ def logits_of(run: Run, boundary: int) -> Doubles:
     return logits
 
 
+def test_units_are_those_of_the_vector(run: Run, lake: Lake) -> None:
+    width = run.shape.d_model
+    ((first, last, *beyond),) = ask(
+        lake,
+        f"SELECT unit(vec, 0), unit(vec, {width - 1}), unit(vec, {width}), unit(vec, -1), unit(vec, -2), "  # noqa: S608
+        "unit(vec, -(row + 2)), unit(vec, NULL) FROM resid WHERE boundary = 1 AND row = 0",
+    )
+    assert [first, last] == run.read("resid", 1, run.manifest.partitions[0])[0, [0, -1]].tolist()
+    assert beyond == [None] * 5
+
+
 def test_lens_top_is_the_head_of_the_sorted_logits(run: Run, lake: Lake) -> None:
     logits = logits_of(run, 1)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from layerlake.catalog import layout
 from layerlake.catalog.errors import CorruptRun, QueryError
 from layerlake.catalog.lake import Lake
 from layerlake.catalog.manifest import commit_manifest
 from layerlake.catalog.run import Run
-from layerlake.sql import ReadLog, query
+from layerlake.sql import ReadLog, query, scan
 from layerlake.sql.translation import translated
 
 Array = npt.NDArray[Any]
@@ -55,6 +56,29 @@ def test_vectors_equal_the_arrays(make_run: MakeRun, dtype: str) -> None:
     np.testing.assert_array_equal(by_sql(run, "resid_mid"), run.resid_mid.to_numpy())
     for site in ("attn_out", "mlp_out", "mlp_post"):
         np.testing.assert_array_equal(by_sql(run, site), by_numpy(run, site))
+
+
+@pytest.mark.parametrize("few", [0, 1 << 30])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_some_rows_are_the_same_however_they_are_read(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, dtype: str, few: int
+) -> None:
+    monkeypatch.setattr(layout, "CHUNK_NBYTES", 64)
+    monkeypatch.setattr(scan, "_FEW", few)
+    run = make_run(dtype=dtype)
+    lake, row = opened(run), run.tokens["row"].to_numpy()
+    for rows in ([3], [0, 1, 2, 3], [1, 9, 10, 20], list(range(0, 40, 3))):
+        listed = ", ".join(map(str, rows))
+        text = f"SELECT vec FROM resid WHERE boundary = 1 AND row IN ({listed}) ORDER BY row"  # noqa: S608
+        found = query(lake, text).fetchall()
+        np.testing.assert_array_equal(
+            [vec for (vec,) in found], by_numpy(run, "resid")[1][np.isin(row, rows)]
+        )
+    some = "layer = 1 AND head = 1 AND document = 3 AND key"
+    values = query(lake, f"SELECT value FROM pattern WHERE {some} % 4 = 1 ORDER BY query, key").fetchall()  # noqa: S608
+    dense = run.attention(3, 1).to_numpy()[1]
+    expected = [dense[q, k] for q, k in np.argwhere(np.tri(len(dense))) if k % 4 == 1]
+    np.testing.assert_array_equal([value for (value,) in values], expected)
 
 
 def test_vectors_are_fixed_size_floats(make_run: MakeRun) -> None:

@@ -10,9 +10,14 @@ import duckdb
 import pytest
 
 from layerlake.catalog.errors import QueryError
-from layerlake.sql import format_result, twophase
+from layerlake.catalog.lake import Lake
+from layerlake.sql import Session, format_result, twophase
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from layerlake.catalog.run import Run
+
     from .conftest import World
 
 
@@ -79,10 +84,90 @@ def test_shapes_of_which_the_keys_are_found(world: World, text: str, rows: tuple
         "SELECT r.row AS position, r.vec FROM resid r WHERE length(r.text) = 2 ORDER BY position",
         "SELECT row % 7 AS r7, vec FROM resid WHERE r7 = 3 AND row IN (SELECT row FROM tokens WHERE position = 3)",
         "SELECT vec FROM resid r(b, i) JOIN tokens t ON t.row = i AND t.position = 3",
+        "SELECT t.row, r.row FROM tokens t ASOF JOIN resid r ON t.position % 3 = r.boundary AND t.row >= r.row "
+        "WHERE norm(r.vec) > 6",
+        "SELECT p.layer, p.key, r.row FROM pattern p JOIN resid r ON r.document = p.document AND r.position = p.key "
+        "WHERE norm(vec) > 6 AND p.head = 0",
     ],
 )
 def test_shapes_in_which_a_row_matters_that_no_key_names(world: World, text: str) -> None:
     assert world.ask(text)
+
+
+def test_rows_joined_by_their_place_are_all_read(world: World) -> None:
+    text = "SELECT t.row, r.row, r.boundary FROM tokens t POSITIONAL JOIN resid r WHERE norm(r.vec){} > 6"
+    found = world.session.sql(text.format("")).fetchall()
+    assert found == world.session.sql(text.format(" + 0")).fetchall()
+    assert found
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ("sum(row)", "HUGEINT"), ("max(row)::UHUGEINT", "UHUGEINT"), ("1::BIGNUM", "BIGNUM"), ("'101'::BIT", "BIT"),
+        ("md5(max(text))::UUID", "UUID"), ("to_json(max(text))", "JSON"), ("INTERVAL 1 DAY", "INTERVAL"),
+        ("'a'::ENUM('b', 'a')", "ENUM('b', 'a')"), ("1.5::DECIMAL(5, 2)", "DECIMAL(5,2)"), ("NULL", '"NULL"'),
+        ("TIMESTAMP_S '2020-01-01'", "TIMESTAMP_S"), ("'12:00:00+01'::TIMETZ", "TIME WITH TIME ZONE"),
+    ],
+)  # fmt: skip
+def test_what_is_kept_has_its_type(world: World, value: str, kind: str) -> None:
+    one = f"SELECT {value} AS v FROM tokens WHERE row = 0"
+    for few in (one, f"SELECT v FROM ({one} LIMIT 1)"):
+        found = world.ask(f"SELECT row FROM resid WHERE boundary = 1 AND typeof(({few})) = ?", [kind])
+        assert len(found) == world.run.n_tokens
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT row FROM resid WHERE boundary = 1 AND text = (SELECT 'T3' COLLATE NOCASE)",
+        "SELECT row FROM resid WHERE boundary = 1 AND text IN (SELECT upper(text) COLLATE NOCASE FROM tokens)",
+        "SELECT row FROM resid, (SELECT 'T3' COLLATE NOCASE AS t LIMIT 1) WHERE boundary = 1 AND text = t",
+        "WITH k AS (SELECT 'T3' COLLATE NOCASE AS t LIMIT 1) SELECT row FROM resid, k WHERE boundary = 1 AND text = t",
+    ],
+)
+def test_what_is_kept_has_its_collation(world: World, text: str) -> None:
+    assert world.ask(text)
+
+
+def test_a_first_phase_that_fails_leaves_the_others(world: World) -> None:
+    text = (
+        "SELECT row FROM mlp_post WHERE unit(vec, 0) > 1e9 AND text::INTEGER = 3 UNION ALL "
+        "SELECT row FROM resid WHERE unit(vec, 0) < 1e9 AND row IN (SELECT row FROM tokens WHERE position = 8)"
+    )
+    assert len(world.ask(text)) == 6
+    assert {chunk for site, _, chunk in world.chunks if site == "resid"} == {6, 13}
+    assert [found.relation for found in world.session.restrictions] == ["resid"]
+
+
+def test_nothing_is_said_of_a_first_phase_that_the_query_does_not_use(world: World) -> None:
+    world.session.restrictions.clear()
+    table = f'"{world.run.run_id}".resid'
+    text = f"SELECT {table}.row FROM {table} WHERE norm(vec) > 0 AND length(text) = 2"
+    assert world.session.sql(text).fetchall()
+    assert not world.session.restrictions
+
+
+def test_sites_of_one_name_are_not_taken_for_each_other(make_run: Callable[..., Run]) -> None:
+    first = make_run(name="first", lengths=(5, 9, 3), vocab=[f"t{i}" for i in range(20)])
+    other = make_run(name="other", lengths=(4,), seed=1, vocab=[f"t{i}" for i in range(20)])
+    session = Session(Lake(first.store.url))
+    tables = [f'"{run.run_id}".resid' for run in (first, other)]
+    for left, right in (tables, reversed(tables)):
+        texts = {text for (text,) in session.sql(f"SELECT text FROM {right}").fetchall()}
+        rows = session.sql(f"SELECT row, text FROM {left} WHERE boundary = 1").fetchall()
+        found = session.sql(
+            f"SELECT row FROM {left} SEMI JOIN {right} USING (text) WHERE boundary = 1"
+        ).fetchall()
+        assert sorted(found) == sorted((row,) for row, text in rows if text in texts - {None})
+
+
+@pytest.mark.parametrize("explain", ["EXPLAIN ANALYZE", "-- é\nexplain (ANALYZE, FORMAT json)"])
+def test_what_is_explained_is_what_runs(world: World, explain: str) -> None:
+    text = f"{explain} SELECT vec FROM resid WHERE boundary = 1 AND row IN (SELECT row FROM tokens WHERE position = ?)"
+    world.log.reads.clear()
+    assert world.session.sql(text, [8]).fetchall()
+    assert world.chunks == {("resid", 1, 6), ("resid", 1, 13)}
 
 
 def test_pattern_is_read_where_its_keys_are(world: World) -> None:
@@ -161,7 +246,7 @@ def test_more_keys_than_can_be_held_are_left_out(world: World, monkeypatch: pyte
     [
         "SELECT vec FROM resid WHERE boundary = 1 AND text IN ('t1', 't2') AND row BETWEEN 3 AND 9",
         "SELECT norm(vec) FROM resid WHERE NOT (boundary = 1 OR position IS NULL)",
-        "EXPLAIN SELECT vec FROM resid JOIN tokens USING (row)",
+        "EXPLAIN SELECT vec FROM resid WHERE row = 3",
         "DESCRIBE SELECT vec FROM resid JOIN tokens USING (row)",
         "SELECT vec FROM resid r JOIN tokens t USING (row) USING SAMPLE 3",
     ],

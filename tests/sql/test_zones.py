@@ -18,9 +18,10 @@ from layerlake.catalog import layout
 from layerlake.catalog.errors import QueryError, SiteNotFound
 from layerlake.catalog.lake import Lake
 from layerlake.catalog.run import Run
-from layerlake.sql import ReadLog, explain, query
-from layerlake.sql.bounds import chunks_with_norm_above
-from layerlake.sql.scan import SITE_RELATIONS
+from layerlake.catalog.zones import read_zones
+from layerlake.sql import ReadLog, bounds, explain, query
+from layerlake.sql.labels import Labels
+from layerlake.sql.scan import SITE_RELATIONS, SiteScan
 from layerlake.sql.top_tokens import TOP_TOKENS, top_tokens
 from layerlake.sql.zones import ZONE_ROWS
 
@@ -244,9 +245,9 @@ def test_what_there_is_not_is_said(
 
 def possible_chunks(run: Run, relation: str, layer: int, threshold: float) -> list[int]:
     """Return the chunks of a layer in which zones let a norm reach a threshold."""
+    scan = SiteScan(run, SITE_RELATIONS[relation], Labels(run))
     found = [
-        chunks_with_norm_above(run, SITE_RELATIONS[relation], layer, partition, threshold)
-        for partition in run.manifest.partitions
+        scan.chunks_with_norm_above(layer, partition, threshold) for partition in run.manifest.partitions
     ]
     chunks: list[int] = np.concatenate(found).tolist()
     return chunks
@@ -304,6 +305,8 @@ ALL = "FROM resid SELECT row, norm(vec) AS norm WHERE boundary = 1"
         "SELECT row FROM resid WHERE boundary = 1 AND main.norm(resid.vec) BETWEEN $low AND $low + 100",
         "SELECT row FROM resid WHERE boundary = 1 AND norm(vec) > (SELECT $low::DOUBLE)",
         "SELECT r.row FROM resid r JOIN tokens t USING (row) WHERE boundary = 1 AND norm(vec) > $low",
+        "SELECT r.row FROM resid r JOIN tokens t ON r.row = t.row AND boundary = 1 AND norm(vec) > $low",
+        "SELECT row FROM (SELECT 1) JOIN (resid r JOIN (SELECT 2) ON norm(r.vec) > $low) ON boundary = 1",
         "WITH r AS (FROM resid WHERE norm(vec) > $low) SELECT row FROM r WHERE boundary = 1",
         "SELECT row FROM tokens WHERE row IN (SELECT row FROM resid r WHERE boundary = 1 AND norm(r.vec) > $low)",
     ],
@@ -330,13 +333,31 @@ def test_a_norm_threshold_reads_what_zones_leave_in_question(run: Run, text: str
         "SELECT t.row FROM tokens t ANTI JOIN (FROM resid WHERE norm(vec) > 1e9) r USING (row)",
         "SELECT row FROM resid WHERE boundary = 1 AND norm([3.0, 4.0]::FLOAT[2]) > 4",
         "SELECT t.row FROM tokens t LEFT JOIN resid r ON r.row = t.row AND r.boundary = 1 AND norm(r.vec) > 1e9",
+        "SELECT r.row FROM resid r LEFT JOIN tokens t ON t.row = r.row AND norm(r.vec) > 1e9 WHERE boundary = 1",
     ],
 )
 def test_other_conditions_on_norms_keep_their_rows(run: Run, text: str) -> None:
     assert len(query(opened(run), text).fetchall()) == run.n_tokens
 
 
+def test_zones_are_read_once_however_often_a_query_scans_their_site(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def noted(run: Run, *place: Any, **options: Any) -> Any:
+        asked.append(place)
+        return read_zones(run, *place, **options)
+
+    monkeypatch.setattr(bounds, "read_zones", noted)
+    text = "SELECT a.row FROM resid a JOIN resid b USING (row, boundary) WHERE norm(a.vec) > 3 AND norm(b.vec) > 3"
+    assert query(opened(run), text).fetchall()
+    assert len(asked) == len(set(asked)) == 3 * len(run.manifest.partitions)
+
+
 def test_the_explanation_says_what_norm_has_to_be_reached(run: Run) -> None:
+    said = str(explain(opened(run), "SELECT row FROM resid WHERE norm(vec) > 1e300"))
+    assert said.splitlines()[-1].startswith("read 0 of ")
     said = str(explain(opened(run), "SELECT row FROM resid WHERE norm(vec) > 1e6"))
     assert f"resid of {run.run_id}: zones tell where a norm can reach 1e+06" in said
     assert said.splitlines()[-1].startswith("read 0 of ")

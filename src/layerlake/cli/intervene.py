@@ -65,10 +65,8 @@ def intervene(lake: str, runs: tuple[str, ...], dry_run: bool, as_json: bool, **
     Each order of layers begins where it departs from the model's own, at the stored residual stream. What the lake
     holds already is not run again, after a crash too.
     """
-    from ..capture.intervene import execute_interventions
-    from ..capture.intervened import capture_intervened
     from ..capture.interventions import InterventionSpec
-    from ..interventions import plan_runs, summarise_runs
+    from ..interventions import execute_runs, plan_runs, summarise_runs
 
     opened = open_lake(lake)
     plans, refused = plan_runs(opened, InterventionSpec(**options), runs=runs)
@@ -85,19 +83,18 @@ def intervene(lake: str, runs: tuple[str, ...], dry_run: bool, as_json: bool, **
             console.print_json({"plan": planned})
         return
     outcomes, captured = [], []
-    for plan in plans:
-        with console.show_capture(plan.run.run_id) as progress:
-            outcome = execute_interventions(plan, progress=progress).to_json()
-            runs_of_it = capture_intervened(plan, progress=progress)
-        outcomes.append(
-            {"run": plan.run.run_id} | outcome | {"captured": [each.run_id for each in runs_of_it]}
-        )
-        captured += runs_of_it
+    for plan, outcome, made in execute_runs(plans, console.show_capture):
+        ids = [each.run_id for each in made]
+        outcomes.append({"run": plan.run.run_id} | outcome.to_json() | {"captured": ids})
+        captured += made
     for each in captured:
         console.note(f"captured {each.run_id}: {each.manifest.schedule} of {each.manifest.baseline}")
+    findings, missed = summarise_runs(opened, plans)
+    for what, error in missed.items():
+        console.note(f"{what} is left out: {error.advice}")
     tables = {
         name: [row for plan in plans for row in finding.table.to_pylist() if _is_asked(plan, row)]
-        for name, finding in summarise_runs(opened, plans).items()
+        for name, finding in findings.items()
     }
     if as_json:
         summary = tables.pop("intervention_summary", [])
@@ -123,7 +120,7 @@ def _is_asked(plan: InterventionPlan, row: Mapping[str, Any]) -> bool:
 def _plan_row(plan: InterventionPlan) -> dict[str, Any]:
     """Return what a plan says, for people."""
     numbers = plan.to_json()
-    n_blocks, n_whole = (numbers.pop(f"blocks_a_batch{which}") for which in ("", "_without_resume"))
-    cosines = numbers.pop("cosine_blocks_a_batch")
+    n_blocks, n_whole = (numbers.pop(f"blocks{which}") for which in ("", "_without_resume"))
+    beside = numbers.pop("floor_and_cosine_blocks")
     blocks = f"{n_blocks:,} of {n_whole:,}, {1 - n_blocks / n_whole:.0%} saved" if n_whole else "none"
-    return numbers | {"blocks a batch": blocks, "for cosines": cosines}
+    return numbers | {"blocks": blocks, "for floor and cosines": beside}

@@ -195,6 +195,7 @@ def run_row(run: Run) -> dict[str, Any]:
     return {
         "run": run.run_id,
         "model": manifest.model_name,
+        "schedule": manifest.schedule,
         "dataset": manifest.dataset,
         "documents": manifest.n_documents,
         "tokens": manifest.n_tokens,

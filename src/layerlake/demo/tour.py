@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .. import console
 from ..catalog.errors import ModelError
+from ..interventions import execute_runs, plan_runs
 from ..lake import open_lake
 from .corpus import write_excerpts
 
@@ -53,8 +54,7 @@ def run_demo(lake: Path, report: Path, *, max_tokens: str = "16k") -> None:
     """
     from ..analyze.analyses import run_all
     from ..capture.execute import execute_plan
-    from ..capture.intervene import execute_interventions
-    from ..capture.interventions import InterventionSpec, plan_intervention
+    from ..capture.interventions import InterventionSpec
     from ..capture.plan import plan_capture
     from ..capture.spec import CaptureSpec
 
@@ -67,10 +67,9 @@ def run_demo(lake: Path, report: Path, *, max_tokens: str = "16k") -> None:
         with console.show_capture(f"capture {name}") as progress:
             execute_plan(plan_capture(spec, str(lake)), str(lake), progress=progress)
     opened = open_lake(lake)
-    for run in opened.runs():
-        planned = plan_intervention(run, InterventionSpec(drop="all", swap="all", repeat="3"))
-        with console.show_capture(f"intervene {run.manifest.model_name}") as progress:
-            execute_interventions(planned, progress=progress)
+    plans, _ = plan_runs(opened, InterventionSpec(drop="all", swap="all", repeat="3"))
+    for _ in execute_runs(plans, console.show_capture):
+        pass
     run_all(opened, progress=True)
     opened.report(report)
     console.note(
