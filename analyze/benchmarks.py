@@ -22,7 +22,7 @@ from .statistic import tidy_table
 
 __all__ = ["BENCHMARKS_VERSION", "BENCHMARKS_VIEWS", "SCORED_TASKS", "score_benchmarks"]
 
-BENCHMARKS_VERSION = 1
+BENCHMARKS_VERSION = 2
 BENCHMARKS_VIEWS = ("benchmarks",)
 
 SCORED_TASKS = ("lambada", "arc_easy", "hellaswag")
@@ -62,7 +62,7 @@ def score_benchmarks(run: Run, options: NoOptions, inputs: Mapping[str, Input]) 
     continuation is what the model would have said, token by token (lambada), or the right choice has the highest
     summed log-probability; ``acc_norm``: the highest a character of the choice. ``item_loss_nats``: the mean over items
     of a continuation's negative log-likelihood, and ``perplexity`` its exponential. Standard errors are those of a mean
-    over items.
+    over items. ``kl_noop_nats`` is what resuming at that boundary alone does, at the beginnings of a few documents.
 
     Raises
     ------
@@ -76,10 +76,12 @@ def score_benchmarks(run: Run, options: NoOptions, inputs: Mapping[str, Input]) 
             f"Run {run.run_id} is of none of the tasks {', '.join(SCORED_TASKS)}: it has no answers to score.",
             hint="Capture one: layerlake capture LAKE … --task lambada --dataset FILE",
         )
-    measured = [
-        m for m in measure_interventions(run, inputs["interventions"], ["loss_nats", "correct"])
-        if m.kind != "noop"  # whose tokens are not the answers'
-    ]  # fmt: skip
+    whole = measure_interventions(run, inputs["interventions"], ["loss_nats", "correct", "kl_nats"])
+    measured = [m for m in whole if m.kind != "noop"]  # whose tokens are not the answers'
+    floors = {
+        (m.request, m.resumes_at): m.sums[:, 2].sum() / m.counts.sum() for m in whole if m.kind == "noop"
+    }
+    floor = [np.nan if m.kind == "none" else floors.get((m.request, m.resumes_at), np.nan) for m in measured]
     answers = _answers(documents)
     splits = _items(task, documents)
     rows = [_score(items, m, answers) for items in splits for m in measured]
@@ -98,6 +100,7 @@ def score_benchmarks(run: Run, options: NoOptions, inputs: Mapping[str, Input]) 
         columns |= {key: np.array([row[key] for row in rows]) for key in (name, f"{name}_stderr")}
     columns |= {
         "perplexity": np.array([row["perplexity"] for row in rows]),
+        "kl_noop_nats": np.array(floor * len(splits)),
         "is_resumed": np.array([m.is_resumed for m in measured * len(splits)]),
         "variant": [m.variant for m in measured * len(splits)],
         "reason": [row["reason"] for row in rows],
@@ -137,7 +140,7 @@ def _score(items: _Items, measured: Measured, answers: _Answers) -> dict[str, An
     n_seen = np.zeros(len(answers.n_tokens), dtype=np.int64)
     n_right, loss = np.zeros(len(n_seen)), np.full(len(n_seen), np.nan)
     n_seen[measured.documents] = measured.counts
-    loss[measured.documents], n_right[measured.documents] = measured.sums.T
+    loss[measured.documents], n_right[measured.documents] = measured.sums[:, :2].T
     is_whole = (n_seen == answers.n_tokens) & (n_seen > 0)
     counts = (is_whole[items.documents] | (items.documents < 0)).all(axis=1)
     documents, labels = items.documents[counts], items.labels[counts]

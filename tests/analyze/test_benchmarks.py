@@ -158,9 +158,10 @@ def test_an_item_counts_if_all_of_its_answers_were_looked_at(make_run: Callable[
 def test_the_floor_is_no_benchmark_and_one_item_has_no_error(make_run: Callable[..., Run]) -> None:
     run = continued(make_run, (2,))
     write_rows(run, planned(2, drop="1"), answers(run))
-    write_rows(run, floor(2, 0), {0: [1]})
+    write_rows(run, floor(2, 0), {0: [1]}, kl_nats=0.5)
+    write_rows(run, floor(2, 1), {0: [1]}, kl_nats=0.25)
     found = scores(run)
-    assert [row["kind"] for row in found] == ["none", "drop"]
+    assert [(row["kind"], row["kl_noop_nats"]) for row in found] == [("none", None), ("drop", 0.25)]
     for row in found:
         assert (row["n_items"], row["acc_stderr"], row["item_loss_nats_stderr"]) == (1, None, None)
         assert (
