@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from ..catalog.errors import AnalysisError
 from ..catalog.run import Run
 from .inputs import Input, NoOptions
+from .intervals import standard_error
 from .intervention_summary import Measured, intervention_columns, measure_interventions
 from .statistic import tidy_table
 
@@ -163,11 +164,9 @@ def _score(items: _Items, measured: Measured, answers: _Answers) -> dict[str, An
 
 
 def _mean(values: Doubles) -> tuple[float, float]:
-    """Return the mean and its standard error, from the sample's own spread."""
-    if not len(values):
-        return np.nan, np.nan
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return float(values.mean()), float(error)
+    """Return the mean and its standard error."""
+    mean = float(values.mean()) if len(values) else np.nan
+    return mean, float(standard_error(values))
 
 
 def _reason(task: str, n_items: int) -> str:

@@ -12,6 +12,7 @@ __all__ = [
     "jackknife_interval",
     "percentile_interval",
     "ratio",
+    "standard_error",
     "wilson_interval",
 ]
 
@@ -126,6 +127,20 @@ def crossed_bootstrap(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64
     for row in np.ndindex(*rows):
         means[:, *row] = np.vecdot(seeds @ values[row], items)
     return means
+
+
+def standard_error(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the standard error of a mean over the last axis, from the sample's own spread; NaN of fewer than two.
+
+    Examples
+    --------
+    >>> float(standard_error(np.array([1.0, 2.0, 3.0, 4.0])).round(4))
+    0.6455
+    """
+    n = values.shape[-1]
+    return np.asarray(
+        values.std(axis=-1, ddof=1) / np.sqrt(n) if n > 1 else np.full(values.shape[:-1], np.nan)
+    )
 
 
 def wilson_interval(

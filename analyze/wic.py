@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from ..catalog.errors import AnalysisError
 from ..catalog.run import Run
-from .intervals import crossed_bootstrap, percentile_interval, ratio, wilson_interval
+from .intervals import crossed_bootstrap, percentile_interval, ratio, standard_error, wilson_interval
 from .statistic import State, Statistic, Unit, read_rows, tidy_table
 from .wic_items import DEV_SPLITS, WicItems, choose_items, hold_out_words
 
@@ -175,14 +175,13 @@ class WicStatistic(Statistic[WicBlock]):
         by_probe = correct.reshape(-1, n_seeds, correct.shape[1])
         by_seed = by_probe.mean(axis=2)
         lo, hi = percentile_interval(crossed_bootstrap(by_probe), n_documents=correct.shape[1])
-        spread = by_seed.std(axis=1, ddof=1) if n_seeds > 1 else np.full(len(by_seed), np.nan)
         summary = {
             **self._places(state.keys[::n_seeds]),
             "accuracy": by_seed.mean(axis=1),
             "accuracy_lo": lo,
             "accuracy_hi": hi,
             "stderr_dev": _binomial_error(by_seed.mean(axis=1), correct.shape[1]),
-            "stderr_seeds": spread / np.sqrt(n_seeds),
+            "stderr_seeds": standard_error(by_seed),
             **_remarks(
                 [(None if n_seeds > 1 else _ONE_SEED) if here else _UNDEFINED for here in fitted[::n_seeds]],
                 stopped.reshape(-1, n_seeds).any(axis=1),

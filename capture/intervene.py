@@ -104,11 +104,11 @@ def execute_interventions(
 
 def _write(finding: GrowingFinding, unit: Unit, found: Sequence[tuple[Intervention, pa.Table]]) -> int:
     """Store a unit, without what another process has stored since the plan was made; return the rows."""
-    held = finding.held()
+    held, lengths = finding.held(), {document.number: len(document.token_ids) for document in unit.documents}
     lacking: dict[tuple[int, ...], list[Intervention]] = {}
     for intervention in unit.interventions:
         known = held.get(intervention.name, ())
-        numbers = tuple(document.number for document in unit.documents if document.number not in known)
+        numbers = tuple(number for number in lengths if number not in known)
         lacking.setdefault(numbers, []).append(intervention)
     lacking.pop((), None)
     n_rows = 0
@@ -119,7 +119,7 @@ def _write(finding: GrowingFinding, unit: Unit, found: Sequence[tuple[Interventi
         finding.write(
             interventions=interventions,
             documents=numbers,
-            n_tokens=sum(len(d.token_ids) for d in unit.documents if d.number in numbers),
+            n_tokens=sum(lengths[number] for number in numbers),
             table=table,
         )
         n_rows += len(table)

@@ -72,11 +72,6 @@ class Unit:
         """Tokens of the documents."""
         return sum(len(document.token_ids) for batch in self.batches for document in batch)
 
-    @property
-    def n_positions(self) -> int:
-        """How many positions are looked at."""
-        return sum(len(document.positions) for batch in self.batches for document in batch)
-
 
 def plan_batches(
     run: Run,
