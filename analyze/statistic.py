@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..catalog.errors import AnalysisError
-from ..catalog.run import Run, decode
+from ..catalog.run import Run
 
 __all__ = [
     "State",
@@ -196,16 +196,7 @@ def read_rows(run: Run, site: str, layer: int, rows: npt.NDArray[np.int64]) -> n
     AnalysisError
         A value is NaN or infinite.
     """
-    array = run.array(site)
-    if not len(rows):
-        return np.empty((0, array.shape[-1]), dtype=np.float32)
-    first, end = int(rows[0]), int(rows[-1]) + 1
-    if end - first < 2 * len(rows):  # a slice is faster than a selection, and reads the same chunks
-        values = np.asarray(array[layer, first:end])
-        values = values if end - first == len(rows) else values[rows - first]
-    else:
-        values = np.asarray(array.oindex[layer, rows])
-    values = decode(values, run.manifest.dtype)
+    values = run.read_rows(site, layer, rows)
     require_finite(run, site, layer, values)
     return values
 

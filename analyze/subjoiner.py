@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..catalog.errors import AnalysisError
-from ..catalog.run import Run, decode
+from ..catalog.run import Run
 from .intervals import bootstrap_sums, percentile_interval
 from .statistic import State, Statistic, Unit, require_finite, tidy_table
 from .words import Words, find_words, pair_words
@@ -175,7 +175,7 @@ class SubjoinerStatistic(Statistic[SubjoinerBlock]):
         queries = last - query
         starts = prompts.pair_starts.ravel()[unit.items, None]
         pairs, inverse = np.unique(starts + queries * (queries + 1) // 2 + last - key, return_inverse=True)
-        values = decode(np.asarray(run.array(site).oindex[layer, :, pairs]), run.manifest.dtype)
+        values = run.read_rows(site, layer, pairs)
         require_finite(run, site, layer, values)
         return SubjoinerBlock(layer, unit.items, values[:, inverse.reshape(queries.shape)])
 

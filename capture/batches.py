@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..catalog.errors import CorruptRun
-from ..catalog.run import decode
+from ..catalog.shards import decode
 from .hooks import pad
 from .units import MeasuredDocument
 

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from numcodecs import blosc
 
 from .manifest import Manifest
 from .problem import Deviation, require
+from .shards import ABSENT, STORED, ShardCut, decode_chunk, parse_index, require_crc32c
 from .sites import Site
 
 __all__ = [
-    "ShardCut",
     "verify_array_metadata",
     "verify_group_metadata",
     "verify_shard",
@@ -29,47 +26,10 @@ __all__ = [
     "verify_weight_metadata",
 ]
 
-Bytes = npt.NDArray[np.uint8]
 Bits = npt.NDArray[np.unsignedinteger[Any]]
-
-_ABSENT = 2**64 - 1
-
-_STORED = {"float16": ("float16", 2), "bfloat16": ("uint16", 2), "float32": ("float32", 4)}
-"""dtype of a run → name and bytes of a stored value."""
 
 _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
 """The exponent's bits; all of them are set in infinities and in what is not a number, and in nothing else."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShardCut:
-    """How one shard is cut, and how much of it is used."""
-
-    n_series: int
-    """Independent sequences of chunks: 1, or one a head."""
-    n_chunks: int
-    """Chunks of a series, used or not."""
-    chunk_values: int
-    n_values: int
-    """Used values of a series, from the first on."""
-    dtype: str
-    """float16, bfloat16 or float32."""
-    codec: str
-    """none, lz4 or zstd."""
-
-    @classmethod
-    def of(cls, site: Site, manifest: Manifest, partition: int) -> ShardCut:
-        """Return the cut of a partition's shards of one site."""
-        geometry, shape = manifest.geometry, manifest.shape
-        used = manifest.partition(partition)
-        chunk = geometry.chunk_rows[site.name]
-        n_pairs = geometry.partition_tokens * (geometry.context + 1) // 2
-        if site.rows == "pair":
-            return cls(shape.n_heads, n_pairs // chunk, chunk, used.n_pairs, manifest.dtype, manifest.codec)
-        width = shape.d_mlp if site.width_name == "d_mlp" else shape.d_model
-        return cls(
-            1, geometry.partition_tokens // chunk, chunk * width, used.n_rows * width, manifest.dtype, manifest.codec
-        )  # fmt: skip
 
 
 def verify_shard(content: bytes, cut: ShardCut, look: Callable[[Bits, int], None] = lambda *_: None) -> int:
@@ -90,12 +50,9 @@ def verify_shard(content: bytes, cut: ShardCut, look: Callable[[Bits, int], None
         Index or chunks are damaged, a chunk is missing or one too many, or an unused value is not zero.
     """
     bits_dtype = "<u4" if cut.dtype == "float32" else "<u2"
-    chunk_nbytes = cut.chunk_values * _STORED[cut.dtype][1]
     exponent, n_nonfinite = _EXPONENT[cut.dtype], 0
-    for number, chunk in _scan_chunks(content, cut):
-        raw = chunk if cut.codec == "none" else blosc.decompress(chunk)
-        require(f"bytes of chunk {number}", chunk_nbytes, len(raw))
-        bits = np.frombuffer(raw, dtype=bits_dtype)
+    for number, values in _scan_chunks(content, cut):
+        bits = values.reshape(-1).view(bits_dtype)
         n_used = min(cut.chunk_values, cut.n_values - number * cut.chunk_values)
         n_here = int(np.count_nonzero((bits[:n_used] & exponent) == exponent))
         n_nonfinite += n_here
@@ -104,42 +61,30 @@ def verify_shard(content: bytes, cut: ShardCut, look: Callable[[Bits, int], None
     return n_nonfinite
 
 
-def _scan_chunks(content: bytes, cut: ShardCut) -> Iterator[tuple[int, Bytes]]:
-    """Yield the number within its series and the encoded bytes of each chunk, once its checksum is right."""
+def _scan_chunks(content: bytes, cut: ShardCut) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Yield the number within its series and the values of each chunk, once its checksum is right."""
     view = np.frombuffer(content, dtype=np.uint8)
-    body = len(content) - 16 * cut.n_series * cut.n_chunks - 4
+    body = len(content) - cut.index_nbytes
     if body < 0:
-        raise Deviation("bytes of the shard", f"at least {len(content) - body} for its index", len(content))
-    _require_crc32c("index", view[body:])
-    index: npt.NDArray[np.uint64] = np.frombuffer(content[body:-4], dtype="<u8").reshape(cut.n_series, -1, 2)
-    n_used = math.ceil(cut.n_values / cut.chunk_values)
-    is_absent = (index == _ABSENT).all(axis=-1)
-    require("chunks of each series that are there", n_used, _one((~is_absent).sum(axis=1)))
-    require("chunks that are there without a used row", 0, int((~is_absent[:, n_used:]).sum()))
-    places = index[:, :n_used].reshape(-1, 2)
+        raise Deviation("bytes of the shard", f"at least {cut.index_nbytes} for its index", len(content))
+    index = parse_index(content[body:], cut)
+    is_absent = (index == ABSENT).all(axis=-1)
+    require("chunks of each series that are there", cut.n_used, _one((~is_absent).sum(axis=1)))
+    require("chunks that are there without a used row", 0, int((~is_absent[:, cut.n_used :]).sum()))
+    places = index[:, : cut.n_used].reshape(-1, 2)
     starts, lengths = (places[:, column].astype(object) for column in (0, 1))
     order = np.argsort(starts)
     ends = np.cumsum(lengths[order])
     require("start of each chunk", [0, *ends[:-1]], list(starts[order]))
     require("end of the last chunk", body, ends[-1] if len(ends) else 0)
     for place, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        series, number = divmod(place, n_used)
-        piece = view[start : start + length]
-        _require_crc32c(f"chunk {number} of series {series}", piece)
-        yield number, piece[:-4]
+        series, number = divmod(place, cut.n_used)
+        yield number, decode_chunk(view[start : start + length], cut, (series, number))
 
 
 def _one(counts: npt.NDArray[Any]) -> int | list[int]:
     """Return the value that all have, or all of them."""
     return int(counts[0]) if len(set(counts.tolist())) == 1 else counts.tolist()
-
-
-def _require_crc32c(what: str, sealed: Bytes) -> None:
-    """Raise Deviation unless the last four bytes are the CRC-32C of those before."""
-    found = google_crc32c.value(sealed[:-4])
-    require(
-        f"CRC-32C of the {what}", f"{int.from_bytes(sealed[-4:].tobytes(), 'little'):08x}", f"{found:08x}"
-    )
 
 
 def verify_array_metadata(metadata: Mapping[str, Any], site: Site, manifest: Manifest) -> None:
@@ -161,7 +106,7 @@ def verify_array_metadata(metadata: Mapping[str, Any], site: Site, manifest: Man
     else:
         width = shape.d_mlp if site.width_name == "d_mlp" else shape.d_model
         whole, shard, inner, axis = [n_layers, width], [1, rows, width], [1, chunk, width], 1
-    _require_array(metadata, _STORED[manifest.dtype][0])
+    _require_array(metadata, STORED[manifest.dtype][0])
     found = list(metadata["shape"])
     length = found.pop(axis)
     require("shape without the long axis", whole, found)
@@ -205,7 +150,7 @@ def verify_weight_metadata(metadata: Mapping[str, Any], shape: tuple[int, ...]) 
 def verify_weight_chunk(content: bytes, chunk_shape: tuple[int, ...]) -> None:
     """Raise Deviation unless a chunk has its length and its checksum."""
     require("bytes", 4 * math.prod(chunk_shape) + 4, len(content))
-    _require_crc32c("chunk", np.frombuffer(content, dtype=np.uint8))
+    require_crc32c("chunk", np.frombuffer(content, dtype=np.uint8))
 
 
 def _require_array(metadata: Mapping[str, Any], dtype: str) -> None:

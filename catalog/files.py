@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import StoreError
 
-__all__ = ["check_folder", "delete_files", "delete_tree", "find_files", "put_file"]
+__all__ = [
+    "check_folder",
+    "delete_files",
+    "delete_tree",
+    "find_files",
+    "put_file",
+    "read_pieces",
+    "read_tail",
+]
+
+
+def read_tail(path: Path, nbytes: int) -> bytes:
+    """Return the last bytes of a file, or all if it has fewer."""
+    with path.open("rb") as file:
+        file.seek(-min(nbytes, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        return file.read()
+
+
+def read_pieces(path: Path, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Return ranges of a file's bytes, each from a first to before a last."""
+    with path.open("rb") as file:
+        return [file.read(stop - file.seek(start)) for start, stop in ranges]
 
 
 def check_folder(path: Path) -> None:

@@ -20,7 +20,8 @@ from .layout import run_path, zones_name
 from .manifest import Manifest, commit_manifest, read_manifest
 from .references import object_keys
 from .reservation import INDEXING, release_run, reserve_run, reserved_by, take_over_run
-from .run import Run, decode
+from .run import Run
+from .shards import decode
 from .sites import SITES
 from .stores import Store
 from .tables import to_parquet

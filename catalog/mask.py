@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MIN_MASKED_TOKENS", "evaluation_positions", "sample_positions"]
+__all__ = ["MIN_MASKED_TOKENS", "evaluation_mask", "evaluation_positions", "sample_positions"]
 
 MIN_MASKED_TOKENS = 3
 """Documents shorter than this have no masked position."""
@@ -26,6 +28,25 @@ def evaluation_positions(n_tokens: int) -> npt.NDArray[np.int64]:
     []
     """
     return np.arange(1, max(1, n_tokens - 1), dtype=np.int64)
+
+
+def evaluation_mask(
+    document: npt.NDArray[np.int64], position: npt.NDArray[np.integer[Any]]
+) -> npt.NDArray[np.bool_]:
+    """Tell of each token whether it is masked in, from its document and its position: bool ``[token]``.
+
+    The tokens of a document follow each other.
+
+    Examples
+    --------
+    >>> evaluation_mask(np.array([0, 0, 0, 0, 1]), np.array([0, 1, 2, 3, 0])).tolist()
+    [False, True, True, False, False]
+    """
+    lengths = dict(zip(*np.unique(document, return_counts=True), strict=True))
+    masked = np.zeros(len(document), dtype=bool)
+    for start in np.flatnonzero(position == 0):
+        masked[start + evaluation_positions(int(lengths[document[start]]))] = True
+    return masked
 
 
 def sample_positions(document: int, n_tokens: int, n_positions: int | None) -> npt.NDArray[np.int64]:

@@ -1,13 +1,63 @@
-"""A remote object as a file, of which only what is read is fetched."""
+"""Objects of which only some byte ranges are read, by many at a time or as a file."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["Ranges"]
+from fsspec import AbstractFileSystem
+from fsspec.utils import merge_offset_ranges
+
+__all__ = ["Ranges", "fetch_pieces", "fetch_tail", "read_merged"]
+
+Pieces = Sequence[tuple[int, int]]
+"""Byte ranges, each from a first to before a last."""
+
+
+def read_merged(ranges: Pieces, read: Callable[[Pieces], Sequence[bytes]]) -> list[memoryview]:
+    """Return the bytes of ranges, of which those that touch are read as one.
+
+    Examples
+    --------
+    >>> read = lambda ranges: print(ranges) or [b"abcdefgh"[start:stop] for start, stop in ranges]
+    >>> [bytes(piece) for piece in read_merged([(6, 8), (1, 3), (3, 4)], read)]
+    [(1, 4), (6, 8)]
+    [b'gh', b'bc', b'd']
+    """
+    if not ranges:
+        return []
+    _, starts, stops = merge_offset_ranges([""] * len(ranges), *map(list, zip(*ranges, strict=True)))
+    wholes = [memoryview(content) for content in read(list(zip(starts, stops, strict=True)))]
+    found = []
+    for start, stop in ranges:
+        i = bisect_right(starts, start) - 1
+        found.append(wholes[i][start - starts[i] : stop - starts[i]])
+    return found
+
+
+def fetch_tail(files: AbstractFileSystem, path: str, nbytes: int) -> bytes:
+    """Return the last bytes of a remote object, or all if it has fewer."""
+    try:
+        return bytes(files.cat_file(path, start=-nbytes))
+    except OSError as error:
+        return _nothing_for(error)
+
+
+def fetch_pieces(files: AbstractFileSystem, path: str, ranges: Pieces) -> list[bytes]:
+    """Return ranges of a remote object's bytes, which are fetched at the same time."""
+    found = files.cat_ranges([path] * len(ranges), *map(list, zip(*ranges, strict=True)))
+    return [_nothing_for(each) if isinstance(each, BaseException) else each for each in found]
+
+
+def _nothing_for(error: BaseException) -> bytes:
+    """Return what lies in a range beyond an object's end, if that is the error, which S3 makes of it."""
+    if isinstance(error, OSError) and error.errno == errno.EINVAL:
+        return b""
+    raise error
 
 
 class Ranges(io.RawIOBase):

@@ -12,10 +12,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .errors import NotInLake, SiteNotFound, did_you_mean
-from .layout import activations_path, model_path, object_name, part_path, run_path
+from .layout import (
+    activations_path,
+    is_chunk,
+    is_shard,
+    model_path,
+    n_pairs,
+    object_name,
+    part_path,
+    run_path,
+)
 from .manifest import Manifest, Partition
-from .mask import evaluation_positions
+from .mask import evaluation_mask
 from .shapes import ModelShape
+from .shards import decode, read_site
 from .sites import SITES
 from .stores import Store
 from .tables import DOCUMENTS, OBJECTS, TOKENS, read_part, read_parts
@@ -24,14 +34,7 @@ if TYPE_CHECKING:
     import xarray
     import zarr
 
-__all__ = ["Run", "decode"]
-
-
-def decode(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """Return stored values as numbers: bfloat16 bits become float32, everything else stays as it is."""
-    if dtype != "bfloat16":
-        return values
-    return (values.astype(np.uint32) << 16).view(np.float32)
+__all__ = ["Run"]
 
 
 class Run:
@@ -150,7 +153,7 @@ class Run:
                 f"The layers of run {self.run_id} are steps of {self.manifest.schedule}: it has no weights by layer.",
                 hint=f"They are its baseline's: --run {self.manifest.baseline}",
             )
-        return self._open_array(f"{model_path(self.manifest.model_id)}/weights.zarr", name, _is_chunk)
+        return self._open_array(f"{model_path(self.manifest.model_id)}/weights.zarr", name, is_chunk)
 
     def _open_array(self, folder: str, name: str, is_named: Callable[[str], bool]) -> zarr.Array[Any]:
         """Return an array, which is opened once."""
@@ -209,12 +212,9 @@ class Run:
         CorruptRun
             It is not in the lake, though the manifest says so; reading it says so of the site's objects.
         """
-        if site in SITES and not SITES[site].is_array:
-            raise SiteNotFound(f"Site '{site}' is a table, not an array.", hint=f"Read it as run.{site}.")
-        if site not in self.sites:
-            self.require_sites(site)
+        self._require_array(site)
         axis, partitions = SITES[site].dims.index(SITES[site].rows), frozenset(self.manifest.sites[site])
-        is_named = partial(_is_shard, axis=axis, partitions=partitions)
+        is_named = partial(is_shard, axis=axis, partitions=partitions)
         return self._open_array(activations_path(self.run_id), site, is_named)
 
     def span(self, site: str, partition: Partition) -> tuple[int, int]:
@@ -226,11 +226,57 @@ class Run:
         """Read one partition of one layer, decoded: ``[token, width]``, or ``[head, pair]`` of ``pattern``.
 
         Reads one shard. The dtype is the stored one (float32 for a bfloat16 run).
+
+        Its errors are those of :meth:`read_rows`.
         """
-        start, stop = self.span(site, partition)
-        array = self.array(site)
-        values = array[layer, :, start:stop] if SITES[site].rows == "pair" else array[layer, start:stop]
-        return decode(np.asarray(values), self.manifest.dtype)
+        return self.read_rows(site, layer, np.arange(*self.span(site, partition)))
+
+    def read_rows(
+        self, site: str, layer: int, rows: npt.NDArray[np.int64], *, head: int | None = None
+    ) -> npt.NDArray[Any]:
+        """Read some rows of one layer, decoded: ``[token, width]``, or ``[head, pair]`` of ``pattern``.
+
+        Reads the chunks that hold a row, and the index of their shards. The dtype is the stored one (float32 for a
+        bfloat16 run).
+
+        Parameters
+        ----------
+        site : str
+            A site that is an array.
+        layer : int
+            The layer, or boundary.
+        rows : int64 ``[row]``
+            Places on the array's long axis, ascending; only used ones.
+        head : int, optional
+            Of ``pattern``: only that head, ``[pair]``.
+
+        Raises
+        ------
+        SiteNotFound
+            The run does not hold the site in a partition of the rows, or it is not an array.
+        IndexError, ValueError
+            There is no such layer or head, or a row is not used; the rows do not ascend.
+        CorruptRun
+            A shard is gone, or what is read of it is not what was written.
+        """
+        self._require_array(site)
+        kind, held = SITES[site], self.manifest.sites[site]
+        numbers = np.unique(rows // self.manifest.geometry.partition_rows(kind)).tolist()
+        if not set(numbers) <= set(held):
+            self.require_sites(site)
+            raise IndexError(f"Run {self.run_id} has no partition {max(numbers)}.")
+        is_one = kind.rows == "token" or head is not None
+        series = (head or 0,) if is_one else range(self.shape.n_heads)
+        values = read_site(self.store, self.manifest, kind, layer, rows, series=series)
+        values = values[..., 0] if kind.rows == "pair" else values
+        return decode(values[0] if is_one else values, self.manifest.dtype)
+
+    def _require_array(self, site: str) -> None:
+        """Raise unless a site is an array, of which the run holds at least a part."""
+        if site in SITES and not SITES[site].is_array:
+            raise SiteNotFound(f"Site '{site}' is a table, not an array.", hint=f"Read it as run.{site}.")
+        if site not in self.sites:
+            self.require_sites(site)
 
     @property
     def resid(self) -> xarray.DataArray:
@@ -334,35 +380,15 @@ class Run:
         if not found.num_rows:
             raise SiteNotFound(f"Run {self.run_id} stores no document {document}.")
         n, start = int(found["n_tokens"][0].as_py()), int(found["pair_start"][0].as_py())
-        packed = np.asarray(self.array("pattern")[layer, :, start : start + n * (n + 1) // 2])
+        packed = self.read_rows("pattern", layer, np.arange(start, start + n_pairs(n)))
         dense = np.zeros((packed.shape[0], n, n), dtype=np.float32)
-        dense[:, *np.tril_indices(n)] = decode(packed, self.manifest.dtype)
+        dense[:, *np.tril_indices(n)] = packed
         return xarray.DataArray(dense, dims=("head", "query", "key"), name="pattern")
 
     def _labelled(self, name: str) -> xarray.DataArray:
-        """Return a site without its unwritten rows, labelled by row, document, position and token_id."""
-        import dask.array as da
-        import xarray
+        from .labelled import labelled
 
-        self.require_sites(name)
-        site, array = SITES[name], self.array(name)
-        axis = site.dims.index(site.rows)
-        # Dask takes equal names for equal values: two lakes may hold runs of one id, captured on two machines.
-        key = f"{self.store.url}/{self.run_id}/{name}/{array.shape}"
-        lazy = da.from_array(array, chunks=array.shards or array.chunks, name=key)
-        pieces = []
-        for partition in self.manifest.partitions:
-            index = [slice(None)] * 3
-            index[axis] = slice(*self.span(name, partition))
-            pieces.append(lazy[tuple(index)])
-        values = da.concatenate(pieces, axis=axis)
-        if self.manifest.dtype == "bfloat16":
-            values = values.map_blocks(decode, "bfloat16", dtype=np.float32)
-        coords: dict[str, Any] = {site.dims[0]: np.arange(values.shape[0])}
-        if site.rows == "token":
-            tokens = self._table("tokens", TOKENS) if self.excluded else self.tokens
-            coords |= {label: ("token", tokens[label].to_numpy()) for label in TOKENS.names}
-        return xarray.DataArray(values, dims=site.dims, coords=coords, name=name)
+        return labelled(self, name)
 
     # -- the evaluation mask --------------------------------------------------------------------
 
@@ -373,23 +399,7 @@ class Run:
         See :mod:`layerlake.catalog.mask`; rows in stored order.
         """
         tokens = self.tokens
-        document, position = tokens["document"].to_numpy(), tokens["position"].to_numpy()
-        lengths = dict(zip(*np.unique(document, return_counts=True), strict=True))
-        masked = np.zeros(len(document), dtype=bool)
-        starts = np.flatnonzero(position == 0)
-        for start in starts:
-            masked[start + evaluation_positions(int(lengths[document[start]]))] = True
+        masked = evaluation_mask(tokens["document"].to_numpy(), tokens["position"].to_numpy())
         index = np.flatnonzero(masked)
         following = tokens["token_id"].to_numpy()[index + 1]
         return tokens.take(index).append_column("next_token_id", pa.array(following, pa.int32()))
-
-
-def _is_shard(name: str, axis: int, partitions: frozenset[int]) -> bool:
-    """Tell whether an object of a site's array is a shard of one of some partitions, which lie along an axis."""
-    _, kind, *place = name.split("/")
-    return kind == "c" and int(place[axis]) in partitions
-
-
-def _is_chunk(name: str) -> bool:
-    """Tell whether an object of a weight is one of its chunks, all of which must be there."""
-    return name.split("/")[1] == "c"

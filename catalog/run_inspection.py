@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .accounting import DocumentPart, read_document_part, verify_attn_band, verify_token_part
-from .arrays import ShardCut, verify_array_metadata, verify_group_metadata, verify_shard
+from .arrays import verify_array_metadata, verify_group_metadata, verify_shard
 from .inspection import Inspection, open_sealed_parquet, read_sealed_json
 from .layout import (
     activations_path,
@@ -26,6 +26,7 @@ from .manifest import Manifest
 from .problem import Deviation, require
 from .references import Key, find_lost_snapshots, named_objects, object_keys, recorded_objects
 from .reservation import COLLECTING, INDEXING, REMOVING, remover, reservation_path
+from .shards import ShardCut
 from .sites import SITES, Site
 from .zone_check import ZoneCheck
 

@@ -8,7 +8,7 @@ import os
 import posixpath
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from datetime import datetime
 from functools import partial
@@ -21,8 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from .errors import CorruptRun, LakeNotFound, MissingExtra, StoreError
-from .files import check_folder, delete_files, delete_tree, find_files, put_file
-from .ranges import Ranges
+from .files import check_folder, delete_files, delete_tree, find_files, put_file, read_pieces, read_tail
+from .ranges import Ranges, fetch_pieces, fetch_tail, read_merged
 from .retries import ATTEMPTS, is_transient, retried, store_error
 from .seal import SEAL_FIELD, is_intact, seal_json
 
@@ -156,6 +156,22 @@ class Store:
         """Return an object's bytes; FileNotFoundError if it is absent."""
         content: bytes = self._retried("read", name, lambda: self._fs.cat_file(self._path(name)))
         return content
+
+    def read_tail(self, name: str, nbytes: int) -> bytes:
+        """Return the last bytes of an object, or all if it has fewer; FileNotFoundError if it is absent."""
+        path = self._path(name)
+        read = partial(read_tail, Path(path)) if self.is_local else partial(fetch_tail, self._fs, path)
+        return self._retried("read", name, lambda: read(nbytes))
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Return ranges of an object's bytes, each from a first to before a last; what is beyond its end is left out.
+
+        Ranges that touch are read as one, and a remote store is asked for all at a time. FileNotFoundError if the
+        object is absent.
+        """
+        path = self._path(name)
+        read = partial(read_pieces, Path(path)) if self.is_local else partial(fetch_pieces, self._fs, path)
+        return self._retried("read", name, lambda: read_merged(ranges, read))
 
     def open(self, name: str, *, nbytes: int | None = None) -> IO[bytes]:
         """Open an object for reading; a remote one is fetched by ranges as it is read.

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from ..catalog.lake import Lake
 from ..catalog.layout import object_name, run_path
-from ..catalog.manifest import Partition
 from ..catalog.run import Run
-from ..catalog.sites import SITES, Site
+from ..catalog.shards import ShardCut, read_index
+from ..catalog.sites import SITES
 from ..catalog.sizes import format_nbytes
 from .connection import Session
 from .guard import require_read
@@ -159,48 +159,39 @@ class _Stored:
     def __init__(self, run: Run, name: str) -> None:
         self.run = run
         self.site = site = SITES[name]
-        manifest, held = run.manifest, set(run.manifest.sites[name])
-        partitions = [partition for partition in manifest.partitions if partition.index in held]
+        held = run.manifest.sites[name]
         self.n_layers = site.n_layers(run.shape) if site.is_array else 1
         self.n_heads = run.shape.n_heads if site.rows == "pair" else 1
         unit = "boundaries" if site.axis == "boundary" else "layers"
         self.unit = "heads of layers" if site.rows == "pair" else unit
-        chunk_rows = manifest.geometry.chunk_rows.get(name, 1)
-        self._n_chunks = manifest.geometry.partition_rows(site) // chunk_rows
-        """Chunks of a series in a shard, used or not."""
-        self.n_used = {
-            p.index: -(-_n_rows(site, p) // chunk_rows) if site.is_array else 1 for p in partitions
-        }
+        self._cuts = (
+            {index: ShardCut.of(site, run.manifest, index) for index in held} if site.is_array else {}
+        )
+        self.n_used = {index: self._cuts[index].n_used if site.is_array else 1 for index in held}
         """Chunks of a series by partition: one layer of it, or one head of a layer."""
-        self._index_nbytes = 16 * self.n_heads * self._n_chunks + 4 if site.is_array else 0
         sizes = dict(zip(run.objects["name"].to_pylist(), run.objects["nbytes"].to_pylist(), strict=True))
         self._objects: dict[tuple[int | None, int], tuple[str, int]] = {
             (layer, index): (object_name(site, layer, index), sizes[object_name(site, layer, index)])
             for layer in range(self.n_layers)
-            for index in self.n_used
+            for index in held
         }
         self._lengths = cache(self._read_lengths)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all chunks."""
-        return sum(nbytes - self._index_nbytes for _, nbytes in self._objects.values())
+        whole = sum(nbytes for _, nbytes in self._objects.values())
+        return whole - self.n_layers * sum(cut.index_nbytes for cut in self._cuts.values())
 
     def nbytes_of(self, read: Read) -> int:
         """Return the bytes of the chunks that were read."""
         if not self.site.is_array:
             return self._objects[0, read.partition][1]
-        places = np.array(read.chunks) - read.partition * self._n_chunks
+        places = np.array(read.chunks) - read.partition * self._cuts[read.partition].n_chunks
         return int(self._lengths(read.layer, read.partition)[read.head or 0, places].sum())
 
     def _read_lengths(self, layer: int | None, partition: int) -> npt.NDArray[np.uint64]:
         """Return the bytes of each chunk of a shard, from its index: ``[head, chunk]``."""
-        name, nbytes = self._objects[layer, partition]
-        with self.run.store.open(f"{run_path(self.run.run_id)}/{name}", nbytes=nbytes) as file:
-            file.seek(nbytes - self._index_nbytes)
-            index = np.frombuffer(file.read(self._index_nbytes - 4), dtype="<u8")
-        return index.reshape(self.n_heads, self._n_chunks, 2)[..., 1]
-
-
-def _n_rows(site: Site, partition: Partition) -> int:
-    return partition.n_pairs if site.rows == "pair" else partition.n_rows
+        name, _ = self._objects[layer, partition]
+        path = f"{run_path(self.run.run_id)}/{name}"
+        return read_index(self.run.store, path, self._cuts[partition])[..., 1]

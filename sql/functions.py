@@ -77,6 +77,24 @@ def add_functions(connection: duckdb.DuckDBPyConnection, run: Run, log: ReadLog 
 
     The lens is the model's own last step, biases included: x is divided by its own scale, not by the last boundary's.
     A vector that is not finite has none (NULL). From the first call on, the unembedding is held in memory.
+
+    Examples
+    --------
+    >>> lake = getfixture("example")  # 'def first(names):…', in a model of the demo's
+    >>> lake.sql("SELECT context(8, 1, 1), context(0, after := 3)").fetchall()
+    [(' for« name» in', '«<|endoftext|>»def first(')]
+    >>> guess = "unnest(lens_top(vec, 2), recursive := true)"
+    >>> at = "WHERE boundary = 8 AND row = 8"
+    >>> lake.sql(f"SELECT text, probability > 0.5 FROM (SELECT {guess} FROM resid {at})").fetchall()
+    [(' in', True), (',', False)]
+    >>> logits = "lens_logit(vec, ' in').round(1)::TEXT, lens_logit(vec, 311) > 13"  # a text and an id
+    >>> lake.sql(f"SELECT {logits} FROM resid {at}").fetchall()
+    [('13.2', True)]
+    >>> lake.sql("SELECT row, text, value FROM top_tokens('mlp_post', 7, 3, k := 2)").fetchall()
+    [(7, ' for', 1.5849609375), (13, ' return', 1.53515625)]
+    >>> lake.save_direction("unit-5", [float(i == 5) for i in range(128)], site="resid")
+    >>> lake.sql(f"SELECT project(vec, 'unit-5') = unit(vec, 5) FROM resid {at}").fetchall()
+    [(True,)]
     """
     functions = _Functions(run, log)
     names = {}

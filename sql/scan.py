@@ -11,10 +11,11 @@ all if the query does not ask for the values. One batch is one layer of one part
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..catalog.manifest import Partition
-from ..catalog.run import Run, decode
+from ..catalog.run import Run
 from ..catalog.sites import SITES
+from .ahead import read_ahead
 from .bounds import Ints, norm_bounds
 from .dataset import filtered, mentions, possible
 from .keys import Keys
@@ -129,15 +131,39 @@ class SiteScan:
 
         Rows that are not among the ``keys`` are left out, and so are chunks in which no vector's norm can reach
         ``min_norm`` (the zones of the layers that are left tell). Reads the token table once; of the arrays, the chunks
-        that hold the rows, if ``columns`` or the filter names the values. Memory: one layer of one partition, in
-        float32.
+        that hold the rows, if ``columns`` or the filter names the values. Memory: one layer of one partition in
+        float32, and the next ones, which are read meanwhile, up to 128 MiB of them.
         """
         payload = self.schema.field(len(self.schema) - 1)
         # A filter on the values themselves can only be applied after they are read.
         is_late = where is not None and mentions(where, payload.name, self.schema)
-        needs_values = is_late or payload.name in columns
-        names = tuple(columns) if where is None else tuple(self.schema.names)
         bounds = where if keys is None else keys.guard if where is None else where & keys.guard
+        named = [] if bounds is None else [n for n in self.schema.names if mentions(bounds, n, self.schema)]
+        found = self._matches({*columns, *named}, bounds, None if is_late else where, keys, min_norm)
+        if is_late or payload.name in columns:
+            width = getattr(payload.type, "list_size", 1)
+            # a remote store makes one wait; of a local one, the cores are what there is to be used
+            at_once = min(os.cpu_count() or 1, _AT_ONCE) if self.run.store.is_local else _AT_ONCE
+            found = read_ahead(
+                self._with_values,
+                found,
+                size=lambda match: 4 * width * match.rows.num_rows,
+                most=_AHEAD_NBYTES,
+                at_once=at_once,
+            )
+        for match in found:
+            rows = filtered(match.rows, where) if is_late else match.rows
+            yield from rows.select(columns).to_batches()
+
+    def _matches(
+        self,
+        names: set[str],
+        bounds: pc.Expression | None,
+        where: pc.Expression | None,
+        keys: Keys | None,
+        min_norm: float | None,
+    ) -> Iterator[_Match]:
+        """Yield the rows that labels and zones leave, without their values, partition by partition, layer by layer."""
         places = self._possible_places(bounds)
         for partition in self._possible_partitions(bounds):
             labels = self._labels(partition, names)
@@ -145,19 +171,13 @@ class SiteScan:
                 rows = self._with_place(labels, place)
                 if keys is not None:
                     rows = keys.pick(rows)
-                if where is not None and not is_late:
+                if where is not None:
                     rows = filtered(rows, where)
                 if min_norm is not None and rows.num_rows:
                     chunks = self.chunks_with_norm_above(place[0], partition, min_norm)
                     rows = rows.filter(np.isin(rows[_INDEX].to_numpy() // self._chunk_rows, chunks))
-                if not rows.num_rows:
-                    continue
-                if needs_values:
-                    values = self._values(partition, place, rows[_INDEX].to_numpy())
-                    rows = rows.append_column(payload, _column(values, payload.type))
-                if is_late:
-                    rows = filtered(rows, where)
-                yield from rows.select(columns).to_batches()
+                if rows.num_rows:
+                    yield _Match(partition, place, rows)
 
     # -- which parts of the site ------------------------------------------------------------------
 
@@ -202,7 +222,7 @@ class SiteScan:
     def _chunk_rows(self) -> int:
         return self.run.manifest.geometry.chunk_rows[self.site.name]
 
-    def _labels(self, partition: Partition, names: Sequence[str]) -> pa.Table:
+    def _labels(self, partition: Partition, names: set[str]) -> pa.Table:
         """Return those of a partition's labels that are asked for, and each row's place in the array."""
         if self.is_pairs:
             return self.labels.pairs(partition)
@@ -221,40 +241,38 @@ class SiteScan:
 
     # -- the values -------------------------------------------------------------------------------
 
-    def _values(
-        self, partition: Partition, place: tuple[int, ...], rows: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        """Return the values of some rows of a partition, in float32: ``[row, width]`` or ``[pair]``."""
-        first, *others = (self._read(site, partition, place, rows) for site in self.relation.sites)
-        return sum(others, start=first)
+    def _with_values(self, match: _Match) -> _Match:
+        """Add the values of the rows, in float32, as the last column."""
+        payload = self.schema.field(len(self.schema) - 1)
+        index = match.rows[_INDEX].to_numpy()
+        first, *others = (self._read(site, match, index) for site in self.relation.sites)
+        values = sum(others, start=first)
+        return replace(match, rows=match.rows.append_column(payload, _column(values, payload.type)))
 
-    def _read(
-        self, site: str, partition: Partition, place: tuple[int, ...], rows: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        """Read the chunks that hold the rows (ascending): neighbouring ones in one go, or all if the rows are few."""
-        index = (place[0] + self.relation.shift, *place[1:])
-        chunks = rows // self.run.manifest.geometry.chunk_rows[site]
+    def _read(self, site: str, match: _Match, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Read the chunks that hold the rows: ``[row, width]``, or ``[pair]``."""
+        layer, head = match.place[0] + self.relation.shift, match.place[1] if self.is_pairs else None
         if self.log is not None:
-            head = place[1] if self.is_pairs else None
-            touched = tuple(np.unique(chunks).tolist())
-            self.log.reads.append(Read(self.run.run_id, site, index[0], head, partition.index, touched))
-        array: Any = self.run.array(site)
-        parts = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(chunks) > 1) + 1)
-        if len(rows) <= _FEW * len(parts):
-            return decode(array.oindex[*index, rows], self.run.manifest.dtype).astype(np.float32, copy=False)
-        values = np.empty((len(rows), *array.shape[len(index) + 1 :]), dtype=np.float32)
-        for part in parts:
-            first, stop = int(rows[part[0]]), int(rows[part[-1]]) + 1
-            stored = decode(np.asarray(array[*index, first:stop]), self.run.manifest.dtype)
-            values[part[0] : part[-1] + 1] = (
-                stored if len(part) == stop - first else stored[rows[part] - first]
-            )
-        return values
+            chunks = np.unique(rows // self.run.manifest.geometry.chunk_rows[site])
+            read = Read(self.run.run_id, site, layer, head, match.partition.index, tuple(chunks.tolist()))
+            self.log.reads.append(read)
+        return self.run.read_rows(site, layer, rows, head=head).astype(np.float32, copy=False)
 
 
-_FEW = 16
-"""Rows for each separate read up to which a single one, which picks them one by one, is faster."""
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """Rows of one layer (and head) of one partition that a query needs, with the labels that it asks for."""
 
+    partition: Partition
+    place: tuple[int, ...]
+    rows: pa.Table
+
+
+_AHEAD_NBYTES = 1 << 27
+"""Bytes of values that are read before they are asked for."""
+
+_AT_ONCE = 8
+"""Batches of values that are read at a time, at most."""
 _INDEX = "__index"
 """The column of each row's place on the array's row axis; never part of a result."""
 

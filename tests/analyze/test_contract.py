@@ -235,11 +235,11 @@ def test_units_read_what_they_declare(
     run = make_run(lengths=(20, 24, 18, 24), context=24, partition_tokens=64)
     statistic = STATISTICS[name](run)
     read: list[str] = []
-    array, weight, bands = Run.array, Run.weight_array, Run.read_attn_band
+    rows, weight, bands = Run.read_rows, Run.weight_array, Run.read_attn_band
 
-    def recorded_array(run: Run, site: str) -> Any:
+    def recorded_rows(run: Run, site: str, *args: Any) -> Any:
         read.append(site)
-        return array(run, site)
+        return rows(run, site, *args)
 
     def recorded_weight(run: Run, name: str) -> Any:
         read.append(name)
@@ -250,7 +250,7 @@ def test_units_read_what_they_declare(
         return bands(run, partition, **given)
 
     monkeypatch.setattr(Run, "read_attn_band", recorded_bands)
-    monkeypatch.setattr(Run, "array", recorded_array)
+    monkeypatch.setattr(Run, "read_rows", recorded_rows)
     monkeypatch.setattr(Run, "weight_array", recorded_weight)
     for unit in statistic.units():
         read.clear()

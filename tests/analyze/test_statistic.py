@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ from layerlake.analyze.statistic import State, choose_sites, read_rows, tidy_tab
 from layerlake.catalog.errors import AnalysisError, SiteNotFound
 from layerlake.catalog.run import Run
 from layerlake.catalog.shapes import ModelShape
+from layerlake.catalog.shards import decode
 from layerlake.catalog.tables import to_parquet
 
 
@@ -42,10 +42,10 @@ def test_stored_state_loads_equal(dtype: type) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("rows", [[], [3], [0, 1, 2, 3], [0, 2, 3], [1, 30, 31]])
+@pytest.mark.parametrize("rows", [[], [3], [0, 1, 2, 3], [0, 2, 3], [1, 12, 13], [2, 2, 4]])
 def test_read_rows(make_run: Callable[..., Run], dtype: str, rows: list[int]) -> None:
     run = make_run(dtype=dtype)
-    everything = run.read("resid", 1, replace(run.manifest.partitions[0], n_rows=32))
+    everything = decode(np.asarray(run.array("resid")[1]), dtype)
     read = read_rows(run, "resid", 1, np.array(rows, dtype=np.int64))
     np.testing.assert_array_equal(read, everything[rows])
     if rows:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from layerlake.catalog.arrays import ShardCut, verify_shard
+from layerlake.catalog.arrays import verify_shard
 from layerlake.catalog.problem import Deviation
+from layerlake.catalog.shards import ShardCut
 
 CHUNK_ROWS, N_CHUNKS, WIDTH = 4, 3, 5
 BITS = {"float16": "uint16", "bfloat16": "uint16", "float32": "uint32"}
@@ -50,7 +51,7 @@ def shard(dtype: str, n_used: int, n_series: int, n_nonfinite: int = 0) -> npt.N
 
 
 def cut(dtype: str, codec: str, n_used: int, n_series: int) -> ShardCut:
-    return ShardCut(n_series, N_CHUNKS, CHUNK_ROWS * WIDTH, n_used * WIDTH, dtype, codec)
+    return ShardCut(n_series, N_CHUNKS, CHUNK_ROWS, WIDTH, n_used, dtype, codec)
 
 
 @settings(deadline=None, max_examples=60)
@@ -83,7 +84,7 @@ def test_a_shard_that_is_cut_otherwise_is_refused(codec: str) -> None:
             verify_shard(encode(wrong, codec), right)
     both = values.copy()
     both[:, 2 * CHUNK_ROWS :] = 1
-    for other in (right, replace(right, n_values=12 * WIDTH - 1), replace(right, n_values=3)):
+    for other in (right, replace(right, n_rows=11), replace(right, n_rows=1)):
         with pytest.raises(Deviation):
             verify_shard(encode(both, codec), other)
 

@@ -19,8 +19,9 @@ from zarr.storage import LocalStore
 from layerlake.catalog.errors import CorruptRun, SiteNotFound
 from layerlake.catalog.lake import Lake
 from layerlake.catalog.manifest import Manifest
-from layerlake.catalog.run import Run, decode
+from layerlake.catalog.run import Run
 from layerlake.catalog.shapes import ModelShape
+from layerlake.catalog.shards import decode
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -354,6 +355,37 @@ def test_damaged_bands_are_never_given(run: Run, how: str) -> None:
         run.attn_band  # noqa: B018
 
 
+def test_rows_are_read_across_partitions(run: Run) -> None:
+    spans = [np.arange(*run.span("resid", partition)) for partition in run.manifest.partitions]
+    for rows in (np.concatenate(spans), np.array([span[-1] for span in spans]), spans[1][1:2], spans[0][:0]):
+        found = run.read_rows("resid", 2, rows)
+        np.testing.assert_array_equal(found, run.array("resid").oindex[2, rows])
+    pairs = np.concatenate([np.arange(*run.span("pattern", p))[::3] for p in run.manifest.partitions])
+    packed = np.asarray(run.array("pattern").oindex[1, :, pairs])
+    np.testing.assert_array_equal(run.read_rows("pattern", 1, pairs), packed)
+    np.testing.assert_array_equal(run.read_rows("pattern", 1, pairs, head=1), packed[1])
+
+
+def test_rows_that_are_not_there_are_refused(run: Run) -> None:
+    _, end = run.span("resid", run.manifest.partitions[0])
+    one = np.array([0])
+    for site, layer, rows, head in (
+        ("resid", 4, one, None),
+        ("resid", -1, one, None),
+        ("resid", 0, np.array([end]), None),
+        ("resid", 0, np.array([10**6]), None),
+        ("resid", 0, np.array([-1]), None),
+        ("pattern", 0, one, 2),
+    ):
+        with pytest.raises(IndexError):
+            run.read_rows(site, layer, rows, head=head)
+    with pytest.raises(ValueError, match="ascend"):
+        run.read_rows("resid", 0, np.array([1, 0]))
+    for site, words in (("attn_band", "is a table"), ("resid_mid", "not at all")):
+        with pytest.raises(SiteNotFound, match=words):
+            run.read_rows(site, 0, one)
+
+
 def test_what_no_snapshot_names_may_be_missing(run: Run) -> None:
     """An open capture has made the array longer, and has not come far."""
     first, second, *_ = run.manifest.partitions
@@ -361,8 +393,10 @@ def test_what_no_snapshot_names_may_be_missing(run: Run) -> None:
     for name in ("resid/c/1/1/0", "pattern/c/1/0/1"):
         run.store.delete(f"runs/{run.run_id}/activations.zarr/{name}")
     assert part.read("resid", 1, first).any()
-    assert not part.read("resid", 1, second).any()
-    assert not part.read("pattern", 1, second).any()
+    for site in ("resid", "pattern"):
+        with pytest.raises(SiteNotFound, match=f"'{site}' in 1 of its .* partitions only"):
+            part.read(site, 1, second)
+        assert not np.all(part.array(site)[...])  # as it lies
     with pytest.raises(CorruptRun, match="resid/c/1/1/0 is missing"):
         run.read("resid", 1, second)
 
@@ -375,13 +409,13 @@ def test_a_wrong_selection_is_no_damage(run: Run) -> None:
 # -- how it is read ---------------------------------------------------------------------------------
 
 
-def test_an_array_is_opened_once(make_run: Callable[..., Run], counting: type[Any]) -> None:
+def test_a_partition_is_read_at_once(make_run: Callable[..., Run], counting: type[Any]) -> None:
     make_run("counting://lake")
     run = Lake("counting://lake").run()
     counting.calls.clear()
     for partition in run.manifest.partitions:
         run.read("resid", 1, partition)
-    assert counting.calls == {"cat_file": 1 + len(run.manifest.partitions)}  # zarr.json, and each shard
+    assert counting.calls == {"cat_file": len(run.manifest.partitions)}
 
 
 @pytest.mark.parametrize("url", [None, "memory://test-pickle/lake"])

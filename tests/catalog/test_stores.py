@@ -64,6 +64,26 @@ def test_what_is_written_is_read(store: Store) -> None:
     assert store.read("a/c.json").index(b'"a"') < store.read("a/c.json").index(b'"b"')
 
 
+def test_parts_of_an_object_are_read(store: Store) -> None:
+    store.write("a/b", b"0123456789")
+    assert [store.read_tail("a/b", n) for n in (1, 4, 10, 11)] == [
+        b"9",
+        b"6789",
+        b"0123456789",
+        b"0123456789",
+    ]
+    assert store.read_ranges("a/b", [(7, 9), (0, 2), (2, 4), (8, 20), (10, 12), (20, 22)]) == [
+        b"78", b"01", b"23", b"89", b"", b""
+    ]  # fmt: skip
+    assert store.read_ranges("a/b", []) == []
+    store.write("empty", b"")
+    assert store.read_tail("empty", 4) == b""
+    assert store.read_ranges("empty", [(0, 4)]) == [b""]
+    for read in (lambda: store.read_tail("nothing", 1), lambda: store.read_ranges("nothing", [(0, 1)])):
+        with pytest.raises(FileNotFoundError):
+            read()
+
+
 def test_create_never_replaces(store: Store) -> None:
     store.create("x", b"first")
     with pytest.raises(FileExistsError):

@@ -24,7 +24,8 @@ from layerlake.catalog.lake import Lake
 from layerlake.catalog.layout import run_path, zones_name
 from layerlake.catalog.manifest import commit_manifest, read_manifest
 from layerlake.catalog.reservation import INDEXING, release_run, reserve_run, reserved_by
-from layerlake.catalog.run import Run, decode
+from layerlake.catalog.run import Run
+from layerlake.catalog.shards import decode
 from layerlake.catalog.sites import SITES
 from layerlake.catalog.stores import Store
 from layerlake.catalog.tables import read_part, to_parquet
