@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Lake:
     """Return a lake with one run: a few lines of Python in one of the models that the package ships."""
+    pytest.importorskip("torch", reason="a capture needs torch")
     from layerlake import CaptureSpec, capture_run, open_lake
     from layerlake.demo.tour import demo_model_path
 

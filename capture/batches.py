@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..catalog.errors import CorruptRun
-from ..catalog.shards import decode
 from .hooks import pad
 from .units import MeasuredDocument
 
@@ -106,9 +105,9 @@ class Batch:
 
     def _read(self, site: str, layer: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         order = np.argsort(rows)
-        found = np.asarray(self.run.array(site).oindex[layer, rows[order]])
+        found = self.run.read_rows(site, layer, rows[order])
         values = np.empty(found.shape, dtype=np.float32)
-        values[order] = decode(found, self.run.manifest.dtype)
+        values[order] = found
         if not np.isfinite(values).all():
             raise CorruptRun(
                 f"{site} {layer} of run {self.run.run_id} holds values that are not finite: "

@@ -21,7 +21,7 @@ from .manifest import Manifest, commit_manifest, read_manifest
 from .references import object_keys
 from .reservation import INDEXING, release_run, reserve_run, reserved_by, take_over_run
 from .run import Run
-from .shards import decode
+from .shards import decode, read_site
 from .sites import SITES
 from .stores import Store
 from .tables import to_parquet
@@ -122,19 +122,20 @@ def _write_zones(run: Run, key: _Key) -> int:
     name, layer, partition = key
     site, manifest = SITES[name], run.manifest
     start, stop = run.span(name, manifest.partition(partition))
-    array, rows = run.array(name), manifest.geometry.chunk_rows[name]
-    stored = array[layer, :, start:stop] if site.rows == "pair" else array[layer, start:stop]
+    chunk_rows, is_pairs = manifest.geometry.chunk_rows[name], site.rows == "pair"
+    series = range(manifest.shape.n_heads) if is_pairs else (0,)
+    stored = read_site(run.store, manifest, site, layer, range(start, stop), series=series)
 
     def as_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         return decode(values, manifest.dtype).astype(np.float32, copy=False)
 
     content = to_parquet(
         zone_table(
-            np.asarray(stored),
+            stored[..., 0] if is_pairs else stored[0],
             site=site,
             layer=layer,
-            first_chunk=start // rows,
-            chunk_rows=rows,
+            first_chunk=start // chunk_rows,
+            chunk_rows=chunk_rows,
             as_float32=as_float32,
         )
     )

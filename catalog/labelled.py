@@ -1,4 +1,4 @@
-"""A run's sites as labelled arrays, over Dask over Zarr."""
+"""A run's sites as labelled arrays, over Dask over Zarr (see :meth:`Run.array` for what Zarr does not tell)."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def labelled(run: Run, name: str) -> xarray.DataArray:
         values = values.map_blocks(decode, "bfloat16", dtype=np.float32)
     coords: dict[str, Any] = {site.dims[0]: np.arange(values.shape[0])}
     if site.rows == "token":
-        tokens = type(run)(run.store, run.manifest).tokens  # the excluded ones, too
-        coords |= {label: ("token", tokens[label].to_numpy()) for label in TOKENS.names}
+        whole = type(run)(run.store, run.manifest) if run.excluded else run
+        coords |= {label: ("token", whole.tokens[label].to_numpy()) for label in TOKENS.names}
     return xarray.DataArray(values, dims=site.dims, coords=coords, name=name)

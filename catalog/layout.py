@@ -29,8 +29,6 @@ __all__ = [
     "array_spec",
     "attn_band_nbytes",
     "bytes_per_token",
-    "is_chunk",
-    "is_shard",
     "itemsize",
     "n_pairs",
     "object_name",
@@ -256,23 +254,6 @@ def shard_name(site: Site, layer: int, partition: int) -> str:
         if site.rows == "pair"
         else f"{site.name}/c/{layer}/{partition}/0"
     )
-
-
-def is_shard(name: str, axis: int, partitions: frozenset[int]) -> bool:
-    """Tell whether an object of a site's array is a shard of one of some partitions, which lie along an axis.
-
-    Examples
-    --------
-    >>> is_shard("resid/c/5/2/0", 1, frozenset({2})), is_shard("resid/zarr.json", 1, frozenset({2}))
-    (True, False)
-    """
-    _, kind, *place = name.split("/")
-    return kind == "c" and int(place[axis]) in partitions
-
-
-def is_chunk(name: str) -> bool:
-    """Tell whether an object of a weight is one of its chunks, all of which must be there."""
-    return name.split("/")[1] == "c"
 
 
 def object_name(site: Site, layer: int, partition: int) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.utils import merge_offset_ranges
+
+from .retries import http_status
 
 __all__ = ["Ranges", "fetch_pieces", "fetch_tail", "read_merged"]
 
@@ -41,9 +43,13 @@ def read_merged(ranges: Pieces, read: Callable[[Pieces], Sequence[bytes]]) -> li
 
 def fetch_tail(files: AbstractFileSystem, path: str, nbytes: int) -> bytes:
     """Return the last bytes of a remote object, or all if it has fewer."""
+    protocols = {files.protocol} if isinstance(files.protocol, str) else {*files.protocol}
     try:
-        return bytes(files.cat_file(path, start=-nbytes))
-    except OSError as error:
+        if not protocols.isdisjoint(_BY_SUFFIX):
+            return bytes(files.cat_file(path, start=-nbytes))
+        end = int(files.info(path)["size"])
+        return bytes(files.cat_file(path, start=max(0, end - nbytes), end=end))
+    except Exception as error:  # noqa: BLE001  # each client has its own; all but one go on
         return _nothing_for(error)
 
 
@@ -54,10 +60,14 @@ def fetch_pieces(files: AbstractFileSystem, path: str, ranges: Pieces) -> list[b
 
 
 def _nothing_for(error: BaseException) -> bytes:
-    """Return what lies in a range beyond an object's end, if that is the error, which S3 makes of it."""
-    if isinstance(error, OSError) and error.errno == errno.EINVAL:
+    """Return what lies in a range beyond an object's end, if that is the error, which HTTP makes of it."""
+    if http_status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         return b""
     raise error
+
+
+_BY_SUFFIX = {"s3", "gs", "memory"}
+"""Stores that can be asked for the end of an object of unknown length; Azure cannot."""
 
 
 class Ranges(io.RawIOBase):

@@ -23,7 +23,7 @@ from tenacity import (
 
 from .errors import LayerLakeError, StoreError
 
-__all__ = ["ATTEMPTS", "is_transient", "retried", "retried_async", "store_error"]
+__all__ = ["ATTEMPTS", "http_status", "is_transient", "retried", "retried_async", "store_error"]
 
 ATTEMPTS = 6
 """How often an operation is tried."""
@@ -95,7 +95,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    status = _http_status(error)
+    status = http_status(error)
     if status is not None:
         return status in _TRANSIENT_STATUS
     return any(
@@ -223,7 +223,7 @@ def _is_foreign(error: BaseException) -> bool:
 def _is_access(error: BaseException) -> bool:
     return (
         isinstance(error, PermissionError)
-        or _http_status(error) in {401, 403}
+        or http_status(error) in {401, 403}
         or any(_is_kind(cause, _ACCESS_KINDS) for cause in _causes(error))
         or "Forbidden" in str(error)  # gcsfs: an OSError without a number
     )
@@ -240,7 +240,7 @@ def _is_kind(error: BaseException, names: set[str]) -> bool:
     return any(f"{kind.__module__}.{kind.__qualname__}" in names for kind in type(error).__mro__)
 
 
-def _http_status(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """Return the HTTP status that an error stands for, as botocore, aiohttp, gcsfs and azure keep it."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)

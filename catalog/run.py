@@ -1,4 +1,4 @@
-"""A run, opened for reading: its tables, and its sites as labelled arrays over Dask over Zarr."""
+"""A run, opened for reading: its tables, and its sites, by rows or as labelled arrays."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import pyarrow.compute as pc
 from .errors import NotInLake, SiteNotFound, did_you_mean
 from .layout import (
     activations_path,
-    is_chunk,
-    is_shard,
     model_path,
     n_pairs,
     object_name,
@@ -25,7 +23,7 @@ from .layout import (
 from .manifest import Manifest, Partition
 from .mask import evaluation_mask
 from .shapes import ModelShape
-from .shards import decode, read_site
+from .shards import Rows, decode, read_site, split_rows
 from .sites import SITES
 from .stores import Store
 from .tables import DOCUMENTS, OBJECTS, TOKENS, read_part, read_parts
@@ -153,6 +151,8 @@ class Run:
                 f"The layers of run {self.run_id} are steps of {self.manifest.schedule}: it has no weights by layer.",
                 hint=f"They are its baseline's: --run {self.manifest.baseline}",
             )
+        from .zarr_reads import is_chunk
+
         return self._open_array(f"{model_path(self.manifest.model_id)}/weights.zarr", name, is_chunk)
 
     def _open_array(self, folder: str, name: str, is_named: Callable[[str], bool]) -> zarr.Array[Any]:
@@ -203,7 +203,10 @@ class Run:
         return {"n_tokens": sum(p.n_rows for p in held), "partitions": [p.index for p in held], **excluded}
 
     def array(self, site: str) -> zarr.Array[Any]:
-        """Return the site's Zarr array as it lies on disk, with unwritten rows between partitions.
+        """Return the site's Zarr array as it lies on disk, with unwritten rows, which are zeros, between partitions.
+
+        Zeros are also what Zarr gives for a chunk that a shard should hold and does not: :meth:`read_rows` and
+        ``layerlake verify`` tell.
 
         Raises
         ------
@@ -212,6 +215,8 @@ class Run:
         CorruptRun
             It is not in the lake, though the manifest says so; reading it says so of the site's objects.
         """
+        from .zarr_reads import is_shard
+
         self._require_array(site)
         axis, partitions = SITES[site].dims.index(SITES[site].rows), frozenset(self.manifest.sites[site])
         is_named = partial(is_shard, axis=axis, partitions=partitions)
@@ -229,11 +234,9 @@ class Run:
 
         Its errors are those of :meth:`read_rows`.
         """
-        return self.read_rows(site, layer, np.arange(*self.span(site, partition)))
+        return self.read_rows(site, layer, range(*self.span(site, partition)))
 
-    def read_rows(
-        self, site: str, layer: int, rows: npt.NDArray[np.int64], *, head: int | None = None
-    ) -> npt.NDArray[Any]:
+    def read_rows(self, site: str, layer: int, rows: Rows, *, head: int | None = None) -> npt.NDArray[Any]:
         """Read some rows of one layer, decoded: ``[token, width]``, or ``[head, pair]`` of ``pattern``.
 
         Reads the chunks that hold a row, and the index of their shards. The dtype is the stored one (float32 for a
@@ -245,7 +248,7 @@ class Run:
             A site that is an array.
         layer : int
             The layer, or boundary.
-        rows : int64 ``[row]``
+        rows : int64 ``[row]``, or range
             Places on the array's long axis, ascending; only used ones.
         head : int, optional
             Of ``pattern``: only that head, ``[pair]``.
@@ -260,16 +263,22 @@ class Run:
             A shard is gone, or what is read of it is not what was written.
         """
         self._require_array(site)
-        kind, held = SITES[site], self.manifest.sites[site]
-        numbers = np.unique(rows // self.manifest.geometry.partition_rows(kind)).tolist()
-        if not set(numbers) <= set(held):
+        kind, held = SITES[site], set(self.manifest.sites[site])
+        if (
+            not {number for number, _ in split_rows(rows, self.manifest.geometry.partition_rows(kind))}
+            <= held
+        ):
             self.require_sites(site)
-            raise IndexError(f"Run {self.run_id} has no partition {max(numbers)}.")
-        is_one = kind.rows == "token" or head is not None
-        series = (head or 0,) if is_one else range(self.shape.n_heads)
-        values = read_site(self.store, self.manifest, kind, layer, rows, series=series)
-        values = values[..., 0] if kind.rows == "pair" else values
-        return decode(values[0] if is_one else values, self.manifest.dtype)
+            raise IndexError(f"Some of the rows are beyond the partitions of run {self.run_id}.")
+        if head is not None and kind.rows == "token":
+            raise IndexError(f"{site} has no heads.")
+        if kind.rows == "token":
+            values = read_site(self.store, self.manifest, kind, layer, rows)[0]
+        else:
+            heads = range(self.shape.n_heads) if head is None else (head,)
+            packed = read_site(self.store, self.manifest, kind, layer, rows, series=heads)[..., 0]
+            values = packed if head is None else packed[0]
+        return decode(values, self.manifest.dtype)
 
     def _require_array(self, site: str) -> None:
         """Raise unless a site is an array, of which the run holds at least a part."""
@@ -380,7 +389,7 @@ class Run:
         if not found.num_rows:
             raise SiteNotFound(f"Run {self.run_id} stores no document {document}.")
         n, start = int(found["n_tokens"][0].as_py()), int(found["pair_start"][0].as_py())
-        packed = self.read_rows("pattern", layer, np.arange(start, start + n_pairs(n)))
+        packed = self.read_rows("pattern", layer, range(start, start + n_pairs(n)))
         dense = np.zeros((packed.shape[0], n, n), dtype=np.float32)
         dense[:, *np.tril_indices(n)] = packed
         return xarray.DataArray(dense, dims=("head", "query", "key"), name="pattern")

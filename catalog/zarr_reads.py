@@ -20,7 +20,7 @@ from .retries import retried_async
 if TYPE_CHECKING:
     from .stores import Store
 
-__all__ = ["StoredArray", "ZarrReads", "open_array"]
+__all__ = ["StoredArray", "ZarrReads", "is_chunk", "is_shard", "open_array"]
 
 _HINT = "See what is damaged: layerlake verify LAKE"
 
@@ -170,3 +170,20 @@ def open_array(store: Store, folder: str, name: str, is_named: Callable[[str], b
         raise CorruptRun(f"{store.url}/{path} is missing.", hint=_HINT) from error
     with decoding(f"{store.url}/{path}"):
         return StoredArray.from_dict(StorePath(store.zarr_store(folder, is_named), name), metadata)
+
+
+def is_shard(name: str, axis: int, partitions: frozenset[int]) -> bool:
+    """Tell whether an object of a site's array is a shard of one of some partitions, which lie along an axis.
+
+    Examples
+    --------
+    >>> is_shard("resid/c/5/2/0", 1, frozenset({2})), is_shard("resid/zarr.json", 1, frozenset({2}))
+    (True, False)
+    """
+    _, kind, *place = name.split("/")
+    return kind == "c" and int(place[axis]) in partitions
+
+
+def is_chunk(name: str) -> bool:
+    """Tell whether an object of a weight is one of its chunks, all of which must be there."""
+    return name.split("/")[1] == "c"

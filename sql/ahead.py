@@ -31,7 +31,7 @@ def read_ahead(
     items : iterator
         What to read; None ends it.
     size : callable
-        The size of an item's result.
+        Bytes that an item and its result take.
     most : int
         No further read begins while the results that are under way, or wait to be taken, come to this.
     at_once : int
@@ -54,4 +54,6 @@ def read_ahead(
                 return
             yield pending.popleft()[0].result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(
+            wait=False, cancel_futures=True
+        )  # an interrupted query does not wait for what it no longer needs

@@ -87,12 +87,12 @@ def add_functions(connection: duckdb.DuckDBPyConnection, run: Run, log: ReadLog 
     >>> at = "WHERE boundary = 8 AND row = 8"
     >>> lake.sql(f"SELECT text, probability > 0.5 FROM (SELECT {guess} FROM resid {at})").fetchall()
     [(' in', True), (',', False)]
-    >>> logits = "lens_logit(vec, ' in').round(1)::TEXT, lens_logit(vec, 311) > 13"  # a text and an id
+    >>> logits = "lens_logit(vec, ' in') > 13, lens_logit(vec, 311) > 13"  # by text, by id
     >>> lake.sql(f"SELECT {logits} FROM resid {at}").fetchall()
-    [('13.2', True)]
-    >>> lake.sql("SELECT row, text, value FROM top_tokens('mlp_post', 7, 3, k := 2)").fetchall()
-    [(7, ' for', 1.5849609375), (13, ' return', 1.53515625)]
-    >>> lake.save_direction("unit-5", [float(i == 5) for i in range(128)], site="resid")
+    [(True, True)]
+    >>> lake.sql("SELECT row, text, value > 1.5 FROM top_tokens('mlp_post', 7, 3, k := 2)").fetchall()
+    [(7, ' for', True), (13, ' return', True)]
+    >>> lake.save_direction("unit-5", [float(i == 5) for i in range(128)], site="resid", replace=True)
     >>> lake.sql(f"SELECT project(vec, 'unit-5') = unit(vec, 5) FROM resid {at}").fetchall()
     [(True,)]
     """

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from ..catalog.manifest import Partition
 from ..catalog.run import Run
+from ..catalog.shards import Rows, split_rows
 from ..catalog.sites import SITES
 from .ahead import read_ahead
 from .bounds import Ints, norm_bounds
@@ -132,7 +133,8 @@ class SiteScan:
         Rows that are not among the ``keys`` are left out, and so are chunks in which no vector's norm can reach
         ``min_norm`` (the zones of the layers that are left tell). Reads the token table once; of the arrays, the chunks
         that hold the rows, if ``columns`` or the filter names the values. Memory: one layer of one partition in
-        float32, and the next ones, which are read meanwhile, up to 128 MiB of them.
+        float32, and the next ones, of which none is begun while those under way come to
+        128 MiB; each is held as stored and as float32 while it is read.
         """
         payload = self.schema.field(len(self.schema) - 1)
         # A filter on the values themselves can only be applied after they are read.
@@ -146,14 +148,15 @@ class SiteScan:
             at_once = min(os.cpu_count() or 1, _AT_ONCE) if self.run.store.is_local else _AT_ONCE
             found = read_ahead(
                 self._with_values,
-                found,
-                size=lambda match: 4 * width * match.rows.num_rows,
+                self._logged(found),
+                size=lambda match: match.rows.nbytes + 4 * width * match.rows.num_rows,
                 most=_AHEAD_NBYTES,
                 at_once=at_once,
             )
         for match in found:
             rows = filtered(match.rows, where) if is_late else match.rows
             yield from rows.select(columns).to_batches()
+            del match, rows  # while the next is waited for
 
     def _matches(
         self,
@@ -241,22 +244,38 @@ class SiteScan:
 
     # -- the values -------------------------------------------------------------------------------
 
+    def _logged(self, found: Iterator[_Match]) -> Iterator[_Match]:
+        """Yield what is about to be read, once the log has been told; it is asked in the query's own thread."""
+        for match in found:
+            if self.log is not None:
+                self.log.reads += [self._reads_of(match, site) for site in self.relation.sites]
+            yield match
+
+    def _reads_of(self, match: _Match, site: str) -> Read:
+        chunk_rows = self.run.manifest.geometry.chunk_rows[site]
+        chunks = tuple(number for number, _ in split_rows(match.places, chunk_rows))
+        return Read(
+            self.run.run_id, site, self._layer(match), self._head(match), match.partition.index, chunks
+        )
+
     def _with_values(self, match: _Match) -> _Match:
-        """Add the values of the rows, in float32, as the last column."""
+        """Read the chunks that hold the rows, and add the values in float32 as the last column."""
         payload = self.schema.field(len(self.schema) - 1)
-        index = match.rows[_INDEX].to_numpy()
-        first, *others = (self._read(site, match, index) for site in self.relation.sites)
+        first, *others = (
+            self.run.read_rows(site, self._layer(match), match.places, head=self._head(match)).astype(
+                np.float32, copy=False
+            )
+            for site in self.relation.sites
+        )
         values = sum(others, start=first)
         return replace(match, rows=match.rows.append_column(payload, _column(values, payload.type)))
 
-    def _read(self, site: str, match: _Match, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Read the chunks that hold the rows: ``[row, width]``, or ``[pair]``."""
-        layer, head = match.place[0] + self.relation.shift, match.place[1] if self.is_pairs else None
-        if self.log is not None:
-            chunks = np.unique(rows // self.run.manifest.geometry.chunk_rows[site])
-            read = Read(self.run.run_id, site, layer, head, match.partition.index, tuple(chunks.tolist()))
-            self.log.reads.append(read)
-        return self.run.read_rows(site, layer, rows, head=head).astype(np.float32, copy=False)
+    def _layer(self, match: _Match) -> int:
+        """Return the place on the array's first axis."""
+        return match.place[0] + self.relation.shift
+
+    def _head(self, match: _Match) -> int | None:
+        return match.place[1] if self.is_pairs else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +285,13 @@ class _Match:
     partition: Partition
     place: tuple[int, ...]
     rows: pa.Table
+
+    @property
+    def places(self) -> Rows:
+        """Where the rows lie on the array's long axis: all different, and ascending."""
+        index = self.rows[_INDEX].to_numpy()
+        first, last = int(index[0]), int(index[-1])
+        return range(first, last + 1) if last - first == len(index) - 1 else index
 
 
 _AHEAD_NBYTES = 1 << 27
