@@ -1,8 +1,8 @@
 """Zarr arrays read by hand: metadata, shards and chunks held against what a run or a model says of itself.
 
-Written from the Zarr v3 specification, with numpy, Blosc and CRC-32C alone: it shares nothing with the writer, only the
-decoding of a chunk with the reader (:mod:`.shards`), and Zarr itself, which gives zeros for a chunk that is missing, is
-not asked.
+Written from the Zarr v3 specification, with numpy, Blosc and CRC-32C alone. It shares nothing with the writer; with the
+reader (:mod:`.shards`), the cut of a shard, its index and the decoding of a chunk. Zarr itself, which gives zeros for a
+chunk that is missing, is not asked.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def fetch_tail(files: AbstractFileSystem, path: str, nbytes: int) -> bytes:
         if not protocols.isdisjoint(_BY_SUFFIX):
             return bytes(files.cat_file(path, start=-nbytes))
         end = int(files.info(path)["size"])
-        return bytes(files.cat_file(path, start=max(0, end - nbytes), end=end))
+        return bytes(files.cat_file(path, start=max(0, end - nbytes), end=end)) if end else b""
     except Exception as error:  # noqa: BLE001  # each client has its own; all but one go on
         return _nothing_for(error)
 

@@ -23,7 +23,7 @@ from .layout import (
 from .manifest import Manifest, Partition
 from .mask import evaluation_mask
 from .shapes import ModelShape
-from .shards import Rows, decode, read_site, split_rows
+from .shards import Rows, ascending, decode, read_site, split_rows
 from .sites import SITES
 from .stores import Store
 from .tables import DOCUMENTS, OBJECTS, TOKENS, read_part, read_parts
@@ -263,13 +263,14 @@ class Run:
             A shard is gone, or what is read of it is not what was written.
         """
         self._require_array(site)
-        kind, held = SITES[site], set(self.manifest.sites[site])
-        if (
-            not {number for number, _ in split_rows(rows, self.manifest.geometry.partition_rows(kind))}
-            <= held
-        ):
+        kind, rows = SITES[site], ascending(rows)
+        per_partition = self.manifest.geometry.partition_rows(kind)
+        end = per_partition * (1 + max(partition.index for partition in self.manifest.partitions))
+        if len(rows) and not 0 <= rows[0] <= rows[-1] < end:
+            raise IndexError(f"Rows of {site} in run {self.run_id} are from 0 to before {end}.")
+        if not {number for number, _ in split_rows(rows, per_partition)} <= set(self.manifest.sites[site]):
             self.require_sites(site)
-            raise IndexError(f"Some of the rows are beyond the partitions of run {self.run_id}.")
+            raise IndexError(f"Some of the rows lie in a partition that run {self.run_id} does not have.")
         if head is not None and kind.rows == "token":
             raise IndexError(f"{site} has no heads.")
         if kind.rows == "token":

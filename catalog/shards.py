@@ -32,6 +32,7 @@ __all__ = [
     "STORED",
     "Rows",
     "ShardCut",
+    "ascending",
     "decode",
     "decode_chunk",
     "parse_index",
@@ -45,7 +46,7 @@ __all__ = [
 Bytes = npt.NDArray[np.uint8]
 Index = npt.NDArray[np.uint64]
 Rows = range | npt.NDArray[np.int64]
-"""Places on the long axis of an array, ascending; best as a range where they follow each other."""
+"""Places on the long axis of an array, as :func:`ascending` gives them: int64, or a range without steps."""
 
 ABSENT = 2**64 - 1
 """Offset and length of a chunk that is not in the shard."""
@@ -118,7 +119,7 @@ def read_site(
     site, layer : Site, int
         The array, and the place on its first axis.
     rows : Rows
-        Places on its long axis: used ones.
+        Used ones, within the run's partitions.
     series : sequence of int
         Heads, of ``pattern``.
 
@@ -126,8 +127,6 @@ def read_site(
     ------
     IndexError
         There is no such layer or head, or a row is not used.
-    ValueError
-        The rows do not ascend.
     CorruptRun
         A shard is gone, or what is read of it is not what was written.
     """
@@ -135,7 +134,7 @@ def read_site(
     if not 0 <= layer < n_layers:
         raise IndexError(f"There is no {site.axis} {layer} of {site.name}: they are 0 … {n_layers - 1}.")
     pieces = []
-    for number, inside in split_rows(_as_range(rows), per_partition):
+    for number, inside in split_rows(rows, per_partition):
         cut = ShardCut.of(site, manifest, number)
         name = f"{run_path(manifest.run_id)}/{object_name(site, layer, number)}"
         pieces.append(read_shard(store, name, cut, inside, series=series))
@@ -189,6 +188,28 @@ def read_shard(
     return values
 
 
+def ascending(rows: Rows) -> Rows:
+    """Return rows as int64, or as a range if they follow each other: in that, nothing has to be looked up.
+
+    Raises
+    ------
+    ValueError
+        They do not ascend.
+
+    Examples
+    --------
+    >>> ascending(np.array([3, 4, 5], np.uint8)), ascending(range(1, 6, 2)), ascending(np.array([2, 2]))
+    (range(3, 6), array([1, 3, 5]), array([2, 2]))
+    """
+    if isinstance(rows, range) and rows.step == 1:
+        return rows
+    each = np.asarray(rows, dtype=np.int64)
+    steps = np.diff(each)
+    if (steps < 0).any():
+        raise ValueError("The rows to be read do not ascend.")
+    return range(int(each[0]), int(each[-1]) + 1) if len(each) and (steps == 1).all() else each
+
+
 def split_rows(rows: Rows, size: int) -> list[tuple[int, Rows]]:
     """Cut rows where a block of so many rows ends: each block's number, and its rows counted from its first.
 
@@ -212,17 +233,6 @@ def split_rows(rows: Rows, size: int) -> list[tuple[int, Rows]]:
 
 def _moved(rows: Rows, by: int) -> Rows:
     return range(rows.start + by, rows.stop + by) if isinstance(rows, range) else rows + by
-
-
-def _as_range(rows: Rows) -> Rows:
-    """Return rows that follow each other as a range, in which nothing has to be looked up."""
-    if isinstance(rows, range) and rows.step == 1:
-        return rows
-    rows = np.asarray(rows)
-    steps = np.diff(rows)
-    if (steps < 0).any():
-        raise ValueError("The rows to be read do not ascend.")
-    return range(int(rows[0]), int(rows[-1]) + 1) if len(rows) and (steps == 1).all() else rows
 
 
 def read_index(store: Store, name: str, cut: ShardCut) -> Index:
@@ -280,7 +290,7 @@ def decode_chunk(sealed: Bytes, cut: ShardCut, place: tuple[int, int]) -> npt.ND
 def _decompress(content: Bytes) -> Bytes:
     try:
         return np.frombuffer(blosc.decompress(content), dtype=np.uint8)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, SystemError) as error:  # the last for a length below 0
         raise Deviation("compressed bytes", "those of Blosc", error) from error
 
 
@@ -303,17 +313,24 @@ def _read_chunks(store: Store, name: str, cut: ShardCut, places: Sequence[tuple[
     """Return the encoded chunks at some (series, chunk)."""
     if len(places) == cut.n_series * cut.n_used:
         whole = store.read(name)
-        spans = _spans(parse_index(whole[-cut.index_nbytes :], cut), places)
+        spans = _spans(parse_index(whole[-cut.index_nbytes :], cut), cut, places)
         return [np.frombuffer(whole, dtype=np.uint8)[start:stop] for start, stop in spans]
-    spans = _spans(read_index(store, name, cut), places)
+    spans = _spans(read_index(store, name, cut), cut, places)
     return [np.frombuffer(content, dtype=np.uint8) for content in store.read_ranges(name, spans)]
 
 
-def _spans(index: Index, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _spans(index: Index, cut: ShardCut, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return the first byte of each chunk, and the one after its last."""
     found = [index[place].tolist() for place in places]
-    require("chunks of used rows that are absent", 0, sum(start == ABSENT for start, _ in found))
+    require("chunks of used rows that are absent", 0, sum(ABSENT in span for span in found))
+    most = cut.chunk_values * STORED[cut.dtype][1] + _OVERHEAD_NBYTES
+    require("chunks that are longer than they can be", 0, sum(nbytes > most for _, nbytes in found))
+    require("chunks that begin beyond any object's end", 0, sum(start >= 1 << 62 for start, _ in found))
     return [(start, start + nbytes) for start, nbytes in found]
+
+
+_OVERHEAD_NBYTES = 20
+"""What an encoded chunk has beside its values, at most: Blosc's header and the checksum."""
 
 
 @contextmanager

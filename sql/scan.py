@@ -245,7 +245,7 @@ class SiteScan:
     # -- the values -------------------------------------------------------------------------------
 
     def _logged(self, found: Iterator[_Match]) -> Iterator[_Match]:
-        """Yield what is about to be read, once the log has been told; it is asked in the query's own thread."""
+        """Yield what is about to be read, once the log has been told; never in a thread that reads."""
         for match in found:
             if self.log is not None:
                 self.log.reads += [self._reads_of(match, site) for site in self.relation.sites]
@@ -295,7 +295,7 @@ class _Match:
 
 
 _AHEAD_NBYTES = 1 << 27
-"""Bytes of values that are read before they are asked for."""
+"""Bytes of rows, labels and values, that are read before they are asked for."""
 
 _AT_ONCE = 8
 """Batches of values that are read at a time, at most."""

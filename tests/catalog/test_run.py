@@ -360,6 +360,11 @@ def test_rows_are_read_across_partitions(run: Run) -> None:
     for rows in (np.concatenate(spans), np.array([span[-1] for span in spans]), spans[1][1:2], spans[0][:0]):
         found = run.read_rows("resid", 2, rows)
         np.testing.assert_array_equal(found, run.array("resid").oindex[2, rows])
+    short: Any
+    for short in (np.array([0, 17], np.uint8), range(0, 5, 2)):
+        np.testing.assert_array_equal(
+            run.read_rows("resid", 2, short), run.array("resid").oindex[2, np.asarray(short, np.int64)]
+        )
     pairs = np.concatenate([np.arange(*run.span("pattern", p))[::3] for p in run.manifest.partitions])
     packed = np.asarray(run.array("pattern").oindex[1, :, pairs])
     np.testing.assert_array_equal(run.read_rows("pattern", 1, pairs), packed)
@@ -374,13 +379,15 @@ def test_rows_that_are_not_there_are_refused(run: Run) -> None:
         ("resid", -1, one, None),
         ("resid", 0, np.array([end]), None),
         ("resid", 0, np.array([10**6]), None),
+        ("resid", 0, np.array([0, 2**62]), None),
         ("resid", 0, np.array([-1]), None),
         ("pattern", 0, one, 2),
     ):
         with pytest.raises(IndexError):
             run.read_rows(site, layer, rows, head=head)
-    with pytest.raises(ValueError, match="ascend"):
-        run.read_rows("resid", 0, np.array([1, 0]))
+    for kind in (np.int64, np.uint32):
+        with pytest.raises(ValueError, match="ascend"):
+            run.read_rows("resid", 0, np.array([1, 0], kind))
     with pytest.raises(IndexError, match="no heads"):
         run.read_rows("resid", 0, one, head=0)
     for site, words in (("attn_band", "is a table"), ("resid_mid", "not at all")):

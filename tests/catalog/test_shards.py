@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerlake.catalog.errors import CorruptRun
-from layerlake.catalog.shards import read_index, read_shard
+from layerlake.catalog.shards import ascending, read_index, read_shard
 from layerlake.catalog.stores import Store
 
 from .test_arrays import BITS, CHUNK_ROWS, N_CHUNKS, cut, encode, shard
@@ -26,7 +27,7 @@ def test_rows_are_what_was_written(data: st.DataObject, dtype: str, codec: str) 
     series = data.draw(st.lists(st.sampled_from(range(n_series)), min_size=1, unique=True))
     values, store = shard(dtype, n_used, n_series), Store(URL)
     store.write("shard", encode(values, codec))
-    found = read_shard(store, "shard", cut(dtype, codec, n_used, n_series), rows, series=series)
+    found = read_shard(store, "shard", cut(dtype, codec, n_used, n_series), ascending(rows), series=series)
     assert found.dtype == values.dtype
     np.testing.assert_array_equal(found, values[series][:, rows])
 
@@ -78,3 +79,17 @@ def test_only_used_rows_and_series_are_read() -> None:
             read_shard(store, "shard", right, np.array(rows), series=series)
     with pytest.raises(CorruptRun):
         read_shard(store, "shard", replace(right, n_chunks=2), np.array([0]))
+
+
+@pytest.mark.parametrize("span", [(0, 2**40), (2**63, 8), (0, 2**64 - 1), (5, 84)])
+@pytest.mark.parametrize("rows", [[0], range(9)])
+def test_an_index_that_leads_astray_is_damage(rows: list[int], span: tuple[int, int]) -> None:
+    content = encode(shard("float32", 9, 1), "none")
+    right = cut("float32", "none", 9, 1)
+    index = np.frombuffer(content[-right.index_nbytes : -4], np.uint64).copy()
+    index[:2] = span
+    forged = index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little")
+    store = Store(URL)
+    store.write("shard", content[: -right.index_nbytes] + forged)
+    with pytest.raises(CorruptRun, match="is not what was written"):
+        read_shard(store, "shard", right, np.array(rows))
