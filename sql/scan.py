@@ -133,14 +133,14 @@ class SiteScan:
         Rows that are not among the ``keys`` are left out, and so are chunks in which no vector's norm can reach
         ``min_norm`` (the zones of the layers that are left tell). Reads the token table once; of the arrays, the chunks
         that hold the rows, if ``columns`` or the filter names the values. Memory: one layer of one partition in
-        float32, and the next ones, of which none is begun while those under way come to
-        128 MiB; each is held as stored and as float32 while it is read.
+        float32, and the next ones, of which none is begun while those under way come to 128 MiB; each is held as
+        stored and as float32 while it is read.
         """
         payload = self.schema.field(len(self.schema) - 1)
         # A filter on the values themselves can only be applied after they are read.
         is_late = where is not None and mentions(where, payload.name, self.schema)
         bounds = where if keys is None else keys.guard if where is None else where & keys.guard
-        named = [] if bounds is None else [n for n in self.schema.names if mentions(bounds, n, self.schema)]
+        named = [] if bounds is None else [n for n in _COSTLY_LABELS if mentions(bounds, n, self.schema)]
         found = self._matches({*columns, *named}, bounds, None if is_late else where, keys, min_norm)
         if is_late or payload.name in columns:
             width = getattr(payload.type, "list_size", 1)
@@ -299,6 +299,10 @@ _AHEAD_NBYTES = 1 << 27
 
 _AT_ONCE = 8
 """Batches of values that are read at a time, at most."""
+
+_COSTLY_LABELS = ("text", "chunk")
+"""The labels that are looked up only where a query names them."""
+
 _INDEX = "__index"
 """The column of each row's place on the array's row axis; never part of a result."""
 
